@@ -47,7 +47,7 @@ def exact_convolutions(device: torch.device) -> Iterator[None]:
 # A call of a small network takes a millisecond or less. On a machine with other work, threads that
 # wait for each other at every call cost many times what they gain.
 #
-# More are asked for by `OMP_NUM_THREADS` (or `MKL_NUM_THREADS`) above 1, or by `threads_asked`.
+# More are requested by `OMP_NUM_THREADS` (or `MKL_NUM_THREADS`) above 1, or `requested_threads`.
 
 
 # How torch and its libraries say that memory ran out, where they raise no type of their own.
@@ -71,7 +71,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 _SMALL_NETWORK = 1_000_000
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_asked: ContextVar[bool] = ContextVar("asked", default=False)
+_requested: ContextVar[bool] = ContextVar("requested", default=False)
 
 
 def is_small(model: nn.Module) -> bool:
@@ -81,12 +81,12 @@ def is_small(model: nn.Module) -> bool:
 
 def threads_in_use(small: bool) -> int:
     """The threads that votes of a network are cast with."""
-    return 1 if small and not several_threads_asked() else torch.get_num_threads()
+    return 1 if small and not several_threads_requested() else torch.get_num_threads()
 
 
-def several_threads_asked() -> bool:
+def several_threads_requested() -> bool:
     """Whether several threads were asked for, so that no network may choose fewer."""
-    return _asked.get() or any(
+    return _requested.get() or any(
         count.isdigit() and int(count) > 1 for count in map(os.environ.get, _VARIABLES) if count
     )
 
@@ -104,16 +104,16 @@ def one_thread(enabled: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def threads_asked(count: int) -> Iterator[None]:
+def requested_threads(count: int) -> Iterator[None]:
     """Compute on so many threads, small networks too; 0 leaves the choice to each network."""
-    before, token = torch.get_num_threads(), _asked.set(count > 0)
+    before, token = torch.get_num_threads(), _requested.set(count > 0)
     if count:
         torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        _asked.reset(token)
+        _requested.reset(token)
 
 
 # Memory of the C library's allocator.

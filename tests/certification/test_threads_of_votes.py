@@ -11,7 +11,7 @@ import certifl
 import tiny_study as tiny
 from certifl.certification.sampling import VoteCounter
 from certifl.study.environment import training_threads
-from certifl.torch_env import threads_asked
+from certifl.torch_env import requested_threads
 
 IMAGES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 seen: set[int] = set()
@@ -66,10 +66,10 @@ def test_more_threads_can_be_asked_for(variable, monkeypatch):
 
 
 def test_threads_that_a_client_asks_for_are_used():
-    with threads_asked(2):
+    with requested_threads(2):
         certify(SMALL)
     assert seen == {2}
-    with threads_asked(0):
+    with requested_threads(0):
         certify(SMALL)
     assert seen == {1, 2}
 

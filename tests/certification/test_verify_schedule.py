@@ -14,7 +14,7 @@ import certifl
 from certifl.certification import verify
 from certifl.certification.counts import count_all, finalize, fresh
 from certifl.certification.estimators import PRICES, UnionBound
-from certifl.certification.metadata import asked_conditions
+from certifl.certification.metadata import requested_conditions
 from certifl.certification.network import prepare
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import ESTIMATORS, Settings
@@ -239,7 +239,7 @@ def of_earlier_version(keep: str, radii: tuple[float, ...] | None) -> certifl.Ce
     votes, estimator = fresh(len(images), 2), Earlier(settings, noise)
     counter = VoteCounter(network, noise, 0)
     count_all(counter, images, None, estimator, votes)
-    known = asked_conditions(noise, settings, 0)
+    known = requested_conditions(noise, settings, 0)
     del known["boundaries"]
     known |= {"look_votes": list(estimator.looks), "look_levels": list(estimator.levels)}
     return finalize(votes, estimator, conditions=known)

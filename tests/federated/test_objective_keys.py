@@ -199,7 +199,7 @@ def test_descriptions_from_toml():
         ({"name": "local", "lr": 1}, "local has no parameter 'lr'"),
         ({"name": "fedavg", "weighting": "sizes"}, "weighting = 'sizes'.*size, uniform"),
         ({"name": "mixture"}, "mixture needs the parameter 'personalization'"),
-        ({"name": "fedprox", "mu": -0.1}, "mu = -0.1.*from 0"),
+        ({"name": "fedprox", "mu": -0.1}, "mu = -0.1.*at least 0"),
         ({"name": "ditto", "mu": float("inf")}, "mu = inf"),
         ({"name": "scaffold", "server_lr": 0}, "server_lr = 0.*above 0"),
         ({"name": "fedavgm", "beta": 1}, "beta = 1.*to below 1"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from certifl.errors import InputError
-from certifl.experiments.parallel import compute, helped, processes_here
+from certifl.experiments.parallel import compute, helper_processes, processes_here
 from certifl.experiments.run import Options
 from certifl.paper.figures import FIGURES, Figure, Panel, Regime, Setting
 from certifl.paper.reproduce import Plan, make_plan
@@ -40,7 +40,7 @@ def test_helpers_do_the_whole_study_with_the_same_results(tmp_path):
     alone, together = study(tmp_path / "alone"), study(tmp_path / "together")
     compute(alone.jobs, options(alone.out), [])
     before = torch.get_num_threads()
-    with helped(together.jobs, options(together.out), 3):
+    with helper_processes(together.jobs, options(together.out), 3):
         assert len(multiprocessing.active_children()) == 2
         deadline = time.monotonic() + 120
         while not all(job.done() for job in together.jobs):
@@ -60,7 +60,7 @@ def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
     plan = study(tmp_path)
 
     def leave() -> None:
-        with helped(plan.jobs, options(tmp_path), 2):
+        with helper_processes(plan.jobs, options(tmp_path), 2):
             deadline = time.monotonic() + 120
             while not plan.jobs[0].path.is_dir():
                 assert time.monotonic() < deadline

@@ -30,7 +30,7 @@ from certifl.certification.checks import (
     checked_blocks,
 )
 from certifl.certification.estimators import least_that, too_few_votes
-from certifl.certification.metadata import asked_conditions
+from certifl.certification.metadata import requested_conditions
 from certifl.certification.network import Network, choose_precision, tf32_state
 from certifl.certification.quantization import calibration_of
 from certifl.certification.sampling import VoteCounter, check_random_source_once
@@ -204,7 +204,7 @@ def conditions(
         model: as it was given, for its fingerprint. data: fingerprint of the images.
     """
     return {
-        **asked_conditions(perturbation, settings, seed),
+        **requested_conditions(perturbation, settings, seed),
         "precision": network.precision,
         **_rounding(network),
         **_quantization(network, model),

@@ -43,7 +43,7 @@ from certifl.models.architectures import Normalize, QuarterMeans
 from certifl.module_copies import unwrapped
 from certifl.perturbations import describe
 from certifl.perturbations.base import Perturbation
-from certifl.torch_env import several_threads_asked
+from certifl.torch_env import several_threads_requested
 
 _log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _sizes(network: Network, longest: int) -> list[Network]:
 
 def _threads_matter(network: Network) -> bool:
     several = network.device.type == "cpu" and network.threads > 1
-    return several and not several_threads_asked()
+    return several and not several_threads_requested()
 
 
 class _Tracer(fx.Tracer):

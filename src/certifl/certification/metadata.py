@@ -46,7 +46,7 @@ NOISE = ("family", "sigma", "law", "norm", "unit", "threat")
 """What follows from the description of a perturbation."""
 
 
-def asked_conditions(
+def requested_conditions(
     perturbation: Perturbation, settings: Settings, seed: int, estimator: Estimator | None = None
 ) -> dict[str, Any]:
     """The metadata that follow from the request, before any network is known.

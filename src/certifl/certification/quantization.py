@@ -269,7 +269,7 @@ class _Observer(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, ranged: Sequence[fx.Node]) -> None:
         super().__init__(graph)
         self._ranged = set(ranged)
-        self.seen: dict[str, list[Tensor]] = {node.name: [] for node in ranged}
+        self.samples: dict[str, list[Tensor]] = {node.name: [] for node in ranged}
         self.ends: dict[str, list[float]] = {node.name: [0.0, 0.0] for node in ranged}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -279,7 +279,7 @@ class _Observer(fx.Interpreter):
             flat = value.flatten()
             low, high = self.ends[n.name]
             self.ends[n.name] = [min(low, float(flat.min())), max(high, float(flat.max()))]
-            self.seen[n.name].append(flat[:: max(1, len(flat) // 4096)].clone())
+            self.samples[n.name].append(flat[:: max(1, len(flat) // 4096)].clone())
         return value
 
 
@@ -292,7 +292,7 @@ def _calibrated(graph: fx.GraphModule, ranged: Sequence[fx.Node], noisy: Tensor)
         return Scales(
             {
                 name: _range(torch.cat(parts)[:_SAMPLE].double(), *observer.ends[name])
-                for name, parts in observer.seen.items()
+                for name, parts in observer.samples.items()
             }
         )
 

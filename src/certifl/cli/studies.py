@@ -155,28 +155,28 @@ def sweep(
     values = read_spec_file(spec)
     from certifl.cli import terminal
     from certifl.experiments import sweep as sweeps
-    from certifl.experiments.parallel import compute, helped, processes_here
+    from certifl.experiments.parallel import compute, helper_processes, processes_here
     from certifl.experiments.run import Options
     from certifl.models import allow_code
 
-    asked = sweeps.make_sweep(
+    sweep_plan = sweeps.make_sweep(
         values,
         set_ or [],
         [sweeps.read_axis(text) for text in grid or []],
         sweeps.read_seeds(seeds),
         out or sweeps.default_folder(spec, values, set_ or []),
     )
-    for name in {job.spec.model.name for job in asked.jobs}:
+    for name in {job.spec.model.name for job in sweep_plan.jobs}:
         allow_code(name, spec.parent, Path.cwd())
     if plan:
         at_once = processes_here(jobs, sweeps.MOST_PROCESSES, device, overwrite=False)
-        terminal.show_sweep(asked.name, sweeps.costs(asked, data_dir, device), at_once)
+        terminal.show_sweep(sweep_plan.name, sweeps.costs(sweep_plan, data_dir, device), at_once)
         return
     options = Options(
-        asked.out, data_dir, device, overwrite, command=common.command_line(), workers=workers
+        sweep_plan.out, data_dir, device, overwrite, command=common.command_line(), workers=workers
     )
-    sweeps.check_sweep(asked, options)
-    pending = [job for job in asked.jobs if overwrite or not job.done()]
+    sweeps.check_sweep(sweep_plan, options)
+    pending = [job for job in sweep_plan.jobs if overwrite or not job.done()]
     at_once = processes_here(jobs, sweeps.MOST_PROCESSES, device, overwrite)
     at_once = max(1, min(at_once, len(pending)))
     failures: dict[Path, str] = {}
@@ -186,30 +186,30 @@ def sweep(
 
     with common.interruptible(overwrite), terminal.Board() as board:
         options = replace(options, report=board.report)
-        with helped(pending, options, at_once, tolerant=True):
+        with helper_processes(pending, options, at_once, tolerant=True):
             compute(pending, options, [], board.stage, failed)
-    _show_sweep(asked, failures)
+    _show_sweep(sweep_plan, failures)
 
 
-def _show_sweep(asked: Sweep, failures: Mapping[Path, str]) -> None:
+def _show_sweep(sweep_plan: Sweep, failures: Mapping[Path, str]) -> None:
     """Write table, figure and page of what a sweep has finished, and name what failed."""
     from certifl.report.seed_table import write_comparison
 
     results = [
         common.labeled(folder, variant.label)
-        for variant in asked.variants
-        for folder in asked.folders(variant)
+        for variant in sweep_plan.variants
+        for folder in sweep_plan.folders(variant)
         if folder not in failures
     ]
     if results:
-        common.say(write_comparison(results, asked.out, asked.name).text())
+        common.say(write_comparison(results, sweep_plan.out, sweep_plan.name).text())
         for what, name in (("Table", "table.txt, .csv, .md, .tex"), ("Report", "report.html")):
-            common.say(f"{what}: {asked.out.resolve() / name}")
-        common.say(f"Figure: {asked.out.resolve() / 'figure.png'}, .pdf, .svg, .csv")
+            common.say(f"{what}: {sweep_plan.out.resolve() / name}")
+        common.say(f"Figure: {sweep_plan.out.resolve() / 'figure.png'}, .pdf, .svg, .csv")
     if failures:
         first, why = next(iter(failures.items()))
         raise WorkError(
-            f"{len(failures)} of {len(asked.jobs)} runs failed and are not in the table; the "
+            f"{len(failures)} of {len(sweep_plan.jobs)} runs failed and are not in the table; the "
             f"first was {first}: {why}"
         )
 
@@ -245,7 +245,7 @@ def reproduce(
     """
     check_data_folder(data_dir)
     from certifl.cli import terminal
-    from certifl.experiments.parallel import helped, processes_here
+    from certifl.experiments.parallel import helper_processes, processes_here
     from certifl.experiments.run import Options
     from certifl.paper.figures import chosen_figures
     from certifl.paper.pages import complete, write_paper_figure
@@ -262,7 +262,7 @@ def reproduce(
     with common.interruptible(overwrite), terminal.Board() as board:
         where, command = (study.out, data_dir, device, overwrite), common.command_line()
         options = Options(*where, report=board.report, command=command, workers=workers)
-        with helped(study.jobs, options, at_once):
+        with helper_processes(study.jobs, options, at_once):
             for folder, changed in compute(study, options, board.stage):
                 page = folder / "report.html"
                 if changed or not complete(folder):

@@ -102,7 +102,7 @@ def load(
     """
     base, columns = _parse(name, label_column, image_column)
     prepare = preparation_of(resize, crop, window)
-    columns = replace(columns, kept=keep_column, prepare=prepare)
+    columns = replace(columns, keep_column=keep_column, prepare=prepare)
     if test_split not in (None, *TEST_NAMES):
         raise InputError(
             f"test_split = {test_split!r} must be one of {', '.join(TEST_NAMES)}, or left out."
@@ -163,10 +163,10 @@ def _source(
                 f"{base} has no split {test_split!r}; its images are split into train and test. "
                 "Remove data.test_split."
             )
-        if columns.kept is not None:
+        if columns.keep_column is not None:
             raise InputError(
-                f"{base} is not a table, so it has no column {columns.kept!r} to split by. Choose "
-                "another split, or a data set in parquet files with such a column."
+                f"{base} is not a table, so it has no column {columns.keep_column!r} to split "
+                "by. Choose another split, or a data set in parquet files with such a column."
             )
         if not columns.no_columns:
             raise InputError(f"{base} has no columns to choose from. Write {base!r} alone.")

@@ -52,13 +52,13 @@ def find_layout(root: Path, test_split: str | None = None) -> Layout | None:
     )
 
 
-def choose_test(available: list[str], where: str, asked: str | None = None) -> str:
-    """The split for test: as asked, `test`, or a validation split; else DataUnavailable."""
-    if asked is not None:
-        if asked in available:
-            return asked
+def choose_test(available: list[str], where: str, requested: str | None = None) -> str:
+    """The split for test: as requested, `test`, or a validation split; else DataUnavailable."""
+    if requested is not None:
+        if requested in available:
+            return requested
         raise DataUnavailable(
-            f"{where} has no split {asked!r} to certify images of; it has "
+            f"{where} has no split {requested!r} to certify images of; it has "
             f"{', '.join(available) or 'none'}. Correct or remove data.test_split."
         )
     for name in TEST_NAMES:
@@ -241,25 +241,25 @@ class ReadOptions:
 
     Args:
         image, label: the columns of images and labels.
-        kept: one further column to keep beside them; None keeps none.
+        keep_column: one further column to keep beside them; None keeps none.
         prepare: what is done to every image.
     """
 
     image: str | None = None
     label: str | None = None
-    kept: str | None = None
+    keep_column: str | None = None
     prepare: Preparation = AS_THEY_ARE
 
     @property
     def choices(self) -> tuple[str | None, ...]:
         """As a cache is named by them."""
-        kept = () if self.kept is None else ("kept", self.kept)
+        kept = () if self.keep_column is None else ("kept", self.keep_column)
         return (self.image, self.label, *kept, *self.prepare.choices)
 
     @property
     def no_columns(self) -> bool:
         """Whether no column is named."""
-        return self.image is self.label is self.kept is None
+        return self.image is self.label is self.keep_column is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,10 +316,10 @@ READERS: dict[str, Callable[[tuple[Path, ...], ReadOptions, Path], RawSplit]] = 
 
 
 def _refuse_columns(columns: ReadOptions, where: Path) -> None:
-    if columns.kept is not None:
+    if columns.keep_column is not None:
         raise InputError(
-            f"{where} is not a table, so it has no column {columns.kept!r}. Store the data set as "
-            "parquet files with that column beside the images and labels."
+            f"{where} is not a table, so it has no column {columns.keep_column!r}. Store the "
+            "data set as parquet files with that column beside the images and labels."
         )
     if not columns.no_columns:
         raise InputError(

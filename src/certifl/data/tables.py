@@ -35,9 +35,9 @@ def read_tables(files: tuple[Path, ...], columns: ReadOptions) -> RawSplit:
 def read_rows(rows: TableRows, chosen: Chosen, prepare: Preparation) -> RawSplit:
     """Decode all rows, a few thousand in memory at a time."""
     labels: list[np.ndarray] = []
-    kept: list[np.ndarray] = []
-    images = decode_all(_images(rows, chosen, labels, kept), prepare)
-    column = _joined(kept, chosen.kept or "") if kept else None
+    kept_parts: list[np.ndarray] = []
+    images = decode_all(_images(rows, chosen, labels, kept_parts), prepare)
+    column = _joined(kept_parts, chosen.keep_column or "") if kept_parts else None
     return RawSplit(images, _joined(labels, chosen.label), chosen.class_names, column)
 
 
@@ -77,7 +77,10 @@ def _rows(files: tuple[Path, ...], chosen: Chosen) -> TableRows:
 def _require_same_names(file: Path, table: pq.ParquetFile, first: Path, chosen: Chosen) -> None:
     """Refuse a file whose numbers stand for other names: each site may have exported its own."""
     features = features_of(table.schema_arrow)
-    for column, names in ((chosen.label, chosen.class_names), (chosen.kept, chosen.kept_names)):
+    for column, names in (
+        (chosen.label, chosen.class_names),
+        (chosen.keep_column, chosen.keep_column_names),
+    ):
         found = None if column is None else class_names_of(features, column)
         if found != names:
             pairs = enumerate(itertools.zip_longest(found or (), names or ()))
@@ -91,14 +94,14 @@ def _require_same_names(file: Path, table: pq.ParquetFile, first: Path, chosen: 
 
 
 def _images(
-    rows: TableRows, chosen: Chosen, labels: list[np.ndarray], kept: list[np.ndarray]
+    rows: TableRows, chosen: Chosen, labels: list[np.ndarray], kept_parts: list[np.ndarray]
 ) -> Iterator[NamedImage]:
     """Yield encoded images; on the way, append each part's labels, and what is kept."""
     counted: dict[str, int] = {}
     for where, folder, part in rows:
         labels.append(_labels(part.column(chosen.label), chosen.label, where))
-        if chosen.kept is not None:
-            kept.append(_kept(part.column(chosen.kept), chosen, where))
+        if chosen.keep_column is not None:
+            kept_parts.append(_kept_values(part.column(chosen.keep_column), chosen, where))
         for value in part.column(chosen.image).to_pylist():
             row = counted.get(where, 0)
             counted[where] = row + 1
@@ -147,27 +150,27 @@ def _labels(column: pa.Array | pa.ChunkedArray, name: str, where: str) -> np.nda
     return values
 
 
-def _kept(column: pa.Array | pa.ChunkedArray, chosen: Chosen, where: str) -> np.ndarray:
-    """Values of the column that is kept: integers, or texts (also where numbers have names)."""
+def _kept_values(column: pa.Array | pa.ChunkedArray, chosen: Chosen, where: str) -> np.ndarray:
+    """Values of the column that is kept: integers, or strings (also where numbers have names)."""
     column = _plain(column)
     if column.null_count:
         raise InputError(
-            f"Column {chosen.kept!r} of {where} has missing values, so it does not say whose "
-            "those images are. Fill them in, or remove those rows."
+            f"Column {chosen.keep_column!r} of {where} has missing values, so it does not say "
+            "whose those images are. Fill them in, or remove those rows."
         )
     values = _integers_or_texts(column)
     if values is None:
         raise InputError(
-            f"Column {chosen.kept!r} of {where} holds {column.type}; clients are named by "
+            f"Column {chosen.keep_column!r} of {where} holds {column.type}; clients are named by "
             "integers or strings. Choose another column, or store this one as strings."
         )
-    names = np.array(chosen.kept_names or (), dtype=np.str_)
+    names = np.array(chosen.keep_column_names or (), dtype=np.str_)
     if not names.size or values.dtype.kind == "U":
         return values
     if values.size and not (values.min() >= 0 and values.max() < names.size):
         raise InputError(
-            f"Column {chosen.kept!r} of {where} holds numbers without a name: its names are for 0 "
-            f"to {names.size - 1}. Correct the values or the names."
+            f"Column {chosen.keep_column!r} of {where} holds numbers without a name: its names "
+            f"are for 0 to {names.size - 1}. Correct the values or the names."
         )
     return names[values]
 
@@ -211,19 +214,20 @@ class Chosen:
 
     Attributes:
         image, label, class_names: as they say.
-        kept: a further column to keep. kept_names: what its numbers stand for, where that is said.
+        keep_column: a further column to keep.
+        keep_column_names: the names of its numbers, where the file has them.
     """
 
     image: str
     label: str
     class_names: tuple[str, ...] | None
-    kept: str | None = None
-    kept_names: tuple[str, ...] | None = None
+    keep_column: str | None = None
+    keep_column_names: tuple[str, ...] | None = None
 
     @property
     def read(self) -> list[str]:
         """All columns that are read."""
-        return list(dict.fromkeys(c for c in (self.image, self.label, self.kept) if c))
+        return list(dict.fromkeys(c for c in (self.image, self.label, self.keep_column) if c))
 
 
 def features_of(schema: pa.Schema) -> Features:
@@ -245,14 +249,14 @@ def choose_columns(
     A column that is kept for itself is not taken for the label unless that was asked for.
     InputError where it is not clear which one is meant.
     """
-    kept = columns.kept
+    kept = columns.keep_column
     image, label = columns.image, columns.label
     image = _found("image", schema, features, where) if image is None else image
     label = _found("label", schema, features, where, kept) if label is None else label
-    for asked in (columns.image, columns.label):
-        if asked is not None and asked not in schema.names:
+    for requested in (columns.image, columns.label):
+        if requested is not None and requested not in schema.names:
             raise InputError(
-                f"{where} has no column {asked!r}; its columns are {', '.join(schema.names)}."
+                f"{where} has no column {requested!r}; its columns are {', '.join(schema.names)}."
             )
     if kept is not None and kept not in schema.names:
         raise InputError(

@@ -257,7 +257,7 @@ def in_background(work: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def beating(runtime: RuntimeHttpClient) -> Iterator[None]:
+def heartbeats(runtime: RuntimeHttpClient) -> Iterator[None]:
     """Report to Flower every few seconds that a task is alive, until it drops the task."""
 
     def beat(over: threading.Event) -> None:
@@ -353,7 +353,7 @@ def _worked_on(endpoint: Endpoint, run_id: int) -> Iterator[HttpGrid]:
         TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, run_id
         TaskIdentity.node_id = task_input.context.node_id
         grid.set_run(run_from_proto(task_input.run))
-        with beating(own):
+        with heartbeats(own):
             yield grid
         status = SubStatus.COMPLETED
     except httpx.HTTPError as error:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from certifl._version import __version__
 from certifl.certification import Certificates
 from certifl.certification.certificates import Predictions
-from certifl.certification.metadata import AMOUNTS, asked_conditions, differs, entries
+from certifl.certification.metadata import AMOUNTS, differs, entries, requested_conditions
 from certifl.certification.recompute import known_words
 from certifl.certification.settings import PRECISIONS
 from certifl.data import Dataset, Partition, check, choose
@@ -129,7 +129,7 @@ def _metadata_problems(
     estimator = settings.estimator_for(perturbation)
     if "boundaries" in estimator.metadata:  # a record of 0.1 names none
         estimator = estimator.recorded(settings, perturbation, metadata)
-    expected = asked_conditions(perturbation, settings, spec.seed, estimator)
+    expected = requested_conditions(perturbation, settings, spec.seed, estimator)
     # Records of 0.1.0 may name neither; the range of a scan is compared all the same.
     stored = {"keep": "certificates", "reach": expected.get("reach"), **metadata}
     problems = [
@@ -139,11 +139,13 @@ def _metadata_problems(
         and known_words(key, stored)
         and (key not in stored or differs(stored[key], value))
     ]
-    asked, recorded = spec.certification.precision, metadata.get("precision")
-    allowed = [asked] if asked != "auto" else [name for name in PRECISIONS if name != "int8"]
+    requested, recorded = spec.certification.precision, metadata.get("precision")
+    allowed = (
+        [requested] if requested != "auto" else [name for name in PRECISIONS if name != "int8"]
+    )
     if recorded not in allowed:
         problems.append(
-            f"the certificates {who}say precision = {recorded!r:.80}, the spec {asked!r}"
+            f"the certificates {who}say precision = {recorded!r:.80}, the spec {requested!r}"
         )
     return problems
 
@@ -178,12 +180,12 @@ def _twice(rows: Rows) -> bool:
 
 def too_many(certificates: Certificates, spec: Spec) -> list[str]:
     """More images of a client than the spec certifies."""
-    asked = spec.certification.images
+    requested = spec.certification.images
     clients, counts = np.unique(certificates.client, return_counts=True)
     return [
-        f"client {client}: {count} images, but the spec certifies {asked}"
+        f"client {client}: {count} images, but the spec certifies {requested}"
         for client, count in zip(clients, counts, strict=True)
-        if asked is not None and count > asked
+        if requested is not None and count > requested
     ]
 
 
@@ -369,21 +371,21 @@ def _same_version(manifest: Mapping[str, Any]) -> bool:
 
 
 def _data_problems(data: Mapping[str, Any], spec: Spec, dataset: Dataset | None) -> list[str]:
-    asked: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "name": spec.data.name,
         "train_images": spec.data.train_images,
         "test_images": spec.data.test_images,
     }
     if dataset is not None:
-        asked |= {
-            "train_images": asked["train_images"] or len(dataset.train),
-            "test_images": asked["test_images"] or len(dataset.test),
+        requested |= {
+            "train_images": requested["train_images"] or len(dataset.train),
+            "test_images": requested["test_images"] or len(dataset.test),
             "in_channels": dataset.in_channels,
             "image_size": list(dataset.image_size),
             "num_classes": dataset.num_classes,
             "class_names": list(dataset.class_names),
         }
-    known = {name: value for name, value in asked.items() if value is not None}
+    known = {name: value for name, value in requested.items() if value is not None}
     return _unlike("run.json, data:", data, known, "the study")
 
 

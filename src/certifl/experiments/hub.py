@@ -203,7 +203,11 @@ def _privacy(run: Path, deployed: Deployed, opened: OpenRun | None) -> dict[str,
     elif opened is not None:
         try:
             listed = opened.entry("privacy")["epsilon"]
-            count = spec.clients.count if spec.privacy.kind == "example" else spec.clients.seen
+            count = (
+                spec.clients.count
+                if spec.privacy.kind == "example"
+                else spec.clients.training_count
+            )
             spent = [float(listed[client]) for client in range(count)]
         except MALFORMED as error:
             raise StoreError(f"{run} does not say what privacy was spent ({error!r}).") from error

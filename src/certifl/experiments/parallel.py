@@ -224,7 +224,7 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
-def helped(
+def helper_processes(
     jobs: Sequence[Job], options: Options, processes: int, tolerant: bool = False
 ) -> Iterator[None]:
     """Compute runs in `processes` - 1 helpers; torch's threads are shared among all processes.

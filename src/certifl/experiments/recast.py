@@ -249,9 +249,9 @@ def _kind(device: Any) -> str:
     return known if known in ("cpu", "mps", "xpu") else "cuda"
 
 
-def _device(asked: str, metadata: Mapping[str, Any]) -> torch.device:
-    if asked != "auto":
-        return choose_device(asked)
+def _device(requested: str, metadata: Mapping[str, Any]) -> torch.device:
+    if requested != "auto":
+        return choose_device(requested)
     try:
         return choose_device(_kind(metadata.get("device")))
     except InputError:

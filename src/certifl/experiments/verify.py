@@ -76,7 +76,9 @@ def verify_run(
         return found
     run = OpenRun(path, data_dir, None if recast is None else recast.code, offline=True)
     run.require_finished()
-    found = _of_curves(run) if run.curves_only else _OfRun(run, data_dir).verification()
+    found = (
+        _of_curves(run) if run.curves_only else _StoredCertificates(run, data_dir).verification()
+    )
     if recast is None or found.problems:
         return found
     if is_published(run.manifest):
@@ -117,7 +119,7 @@ def _spec_problems(run: OpenRun) -> list[str]:
     return ["spec.toml was changed after the run was begun"] * changed
 
 
-class _OfRun:
+class _StoredCertificates:
     """A run whose certificates are in its folder."""
 
     def __init__(self, run: OpenRun, data_dir: Path | None) -> None:

@@ -136,7 +136,7 @@ class Standing:
 
 
 @dataclass(frozen=True, eq=False)
-class _Couple:
+class _SharedImages:
     """Two algorithms on the images that both certified: clients and differences of each seed."""
 
     samples: tuple[tuple[Ints, Sample], ...]
@@ -164,31 +164,31 @@ def compare(runs: Sequence[Row]) -> Comparison:
     if len(runs) > 1 and any(run.curves_only for run in flat(runs)):
         return _of_curves(runs)
     positions = list(itertools.combinations(range(len(runs)), 2))
-    couples = {(i, j): _couple(runs[i], runs[j]) for i, j in positions}
-    if positions and not any(c.images or c.why == _NO_SEED for c in couples.values()):
+    by_pair = {(i, j): _shared_images(runs[i], runs[j]) for i, j in positions}
+    if positions and not any(c.images or c.why == _NO_SEED for c in by_pair.values()):
         raise StoreMismatch(
             "The runs certified no test image in common, so they cannot be compared image by "
             "image. Report them separately, or run them with the same data, clients and seed."
         )
     scale = summary.possible_radius(runs)
     error = (1.0 - summary.CONFIDENCE) / max(1, len(positions))
-    pairs = {at: _difference(at, couple, error, scale) for at, couple in couples.items()}
+    pairs = {at: _difference(at, shared, error, scale) for at, shared in by_pair.items()}
     stated = [pair.images for pair in pairs.values() if pair.stated]
     alone = len(runs[0].runs[0].certificates) if len(runs) == 1 else 0
     return Comparison(
         images=min(stated, default=alone),
-        whole=all(couple.whole for couple in couples.values()),
+        whole=all(shared.whole for shared in by_pair.values()),
         acr=tuple(summary.mean_acr(run) for run in runs),
         pairs=pairs,
-        clients=_by_client(runs, couples, error, scale),
+        clients=_by_client(runs, by_pair, error, scale),
     )
 
 
-def _couple(first: Row, second: Row) -> _Couple:
+def _shared_images(first: Row, second: Row) -> _SharedImages:
     ones, twos = ({run.seed: run for run in row.runs} for row in (first, second))
     common = [seed for seed in ones if seed in twos]
     if not common:
-        return _Couple((), 0, False, _NO_SEED)
+        return _SharedImages((), 0, False, _NO_SEED)
     paired = [paired_differences(ones[seed], twos[seed]) for seed in common]
     usable = [(c, s) for c, s in paired if len(c) and not too_few([len(v) for v in s.values])]
     sizes = [len(v) for _, sample in paired for v in sample.values]
@@ -197,7 +197,7 @@ def _couple(first: Row, second: Row) -> _Couple:
         len(run.certificates) for run in runs
     )
     why = "" if usable else _too_few_words(sum(sizes), min(sizes, default=0))
-    return _Couple(tuple(usable), sum(sizes), whole, why)
+    return _SharedImages(tuple(usable), sum(sizes), whole, why)
 
 
 def _too_few_words(images: int, fewest: int) -> str:
@@ -241,22 +241,26 @@ def paired_differences(
 
 
 def _difference(
-    at: tuple[int, int], couple: _Couple, error: float, scale: float, client: int | None = None
+    at: tuple[int, int],
+    shared: _SharedImages,
+    error: float,
+    scale: float,
+    client: int | None = None,
 ) -> Difference:
     """The difference of two algorithms, of one client where one is named."""
-    samples = [sample for _, sample in couple.samples]
-    why = couple.why
+    samples = [sample for _, sample in shared.samples]
+    why = shared.why
     if client is not None:
         samples = [
             Sample((sample.values[at],), (sample.images[at],))
-            for clients, sample in couple.samples
+            for clients, sample in shared.samples
             for at in np.flatnonzero(clients == client)
         ]
         sizes = [len(sample.values[0]) for sample in samples]
         samples = [s for s, size in zip(samples, sizes, strict=True) if not too_few([size])]
         why = why or ("" if samples else _too_few_words(sum(sizes), sum(sizes)))
     if why:
-        return Difference(*at, np.nan, -np.inf, np.inf, couple.images, len(samples), why)
+        return Difference(*at, np.nan, -np.inf, np.inf, shared.images, len(samples), why)
     low, high = interval_over_seeds(samples, error, scale)
     return Difference(
         *at,
@@ -269,10 +273,13 @@ def _difference(
 
 
 def _by_client(
-    runs: Sequence[Row], couples: Mapping[tuple[int, int], _Couple], error: float, scale: float
+    runs: Sequence[Row],
+    by_pair: Mapping[tuple[int, int], _SharedImages],
+    error: float,
+    scale: float,
 ) -> tuple[ClientComparison, ...]:
     """Every client that some pair has in common, or all clients of a single row."""
-    common = [own for couple in couples.values() for own, _ in couple.samples]
+    common = [own for shared in by_pair.values() for own, _ in shared.samples]
     clients = sorted({int(client) for own in common for client in own})
     if len(runs) == 1:
         clients = runs[0].clients.tolist()
@@ -283,8 +290,8 @@ def _by_client(
     parts = []
     for client in clients:
         pairs = {
-            at: _difference(at, couple, error / len(clients), scale, client)
-            for at, couple in couples.items()
+            at: _difference(at, shared, error / len(clients), scale, client)
+            for at, shared in by_pair.items()
         }
         images = min((p.images for p in pairs.values() if p.stated), default=0)
         acr = tuple(own.get(client, np.nan) for own in radii)

@@ -159,7 +159,7 @@ class Scatter:
     Attributes:
         mean: the estimate. seeds: how many.
         images: variance from the choice of images. common: the part that seeds share.
-        freedom: degrees of freedom of both.
+        degrees_of_freedom: of both.
         between: standard error from the variation between seeds; 0 for one seed.
         floors: of every independent set of images (sets, columns), how many limit the interval.
         scale: largest possible distance between two images.

@@ -315,9 +315,9 @@ def _flatten(parts: ReadableParts) -> dict[str, torch.Tensor]:
     for part, tensors in parts.items():
         for name, value in tensors.items():
             plain = value.detach().to("cpu").contiguous()
-            place = plain.untyped_storage().data_ptr()
-            flat[f"{part}/{name}"] = plain.clone() if place in taken else plain
-            taken.add(place)
+            address = plain.untyped_storage().data_ptr()
+            flat[f"{part}/{name}"] = plain.clone() if address in taken else plain
+            taken.add(address)
     return flat
 
 

@@ -34,7 +34,7 @@ _MOST = 100_000  # pixels of a side, channels, classes
 _MOST_KEYS = 6
 
 
-class _Inside:
+class _Entry:
     """The path of a file or folder of a run folder, as an attribute of the `RunFolder`."""
 
     def __init__(self, *parts: str) -> None:
@@ -57,18 +57,18 @@ class RunFolder:
 
     path: Path
 
-    spec = _Inside("spec.toml")  # every default spelled out
-    partition = _Inside("partition.json")  # which images each client holds
-    initial = _Inside("initial.safetensors")  # the weights that training began with, if of a file
-    training = _Inside("checkpoints", "training")  # checkpoints of the rounds
-    history = _Inside("history.jsonl")  # a round on each line; written when training is finished
-    certificates = _Inside("certificates.parquet")  # of all clients
-    curves = _Inside("curves.json")  # only of clients that keep their certificates to themselves
-    predictions = _Inside("predictions.parquet")  # plain ones, of clients that certify nothing
-    attack = _Inside("attack.json")  # results of attacks on the certificates, if any were tried
-    explorer = _Inside("explorer.json")  # a few test images deformed, with votes; may be absent
-    figures = _Inside("figures")  # with the numbers behind them
-    report = _Inside("report.html")
+    spec = _Entry("spec.toml")  # every default spelled out
+    partition = _Entry("partition.json")  # which images each client holds
+    initial = _Entry("initial.safetensors")  # the weights that training began with, if of a file
+    training = _Entry("checkpoints", "training")  # checkpoints of the rounds
+    history = _Entry("history.jsonl")  # a round on each line; written when training is finished
+    certificates = _Entry("certificates.parquet")  # of all clients
+    curves = _Entry("curves.json")  # only of clients that keep their certificates to themselves
+    predictions = _Entry("predictions.parquet")  # plain ones, of clients that certify nothing
+    attack = _Entry("attack.json")  # results of attacks on the certificates, if any were tried
+    explorer = _Entry("explorer.json")  # a few test images deformed, with votes; may be absent
+    figures = _Entry("figures")  # with the numbers behind them
+    report = _Entry("report.html")
 
     def votes(self, client: int) -> Path:
         """Votes cast so far on one client's test images."""

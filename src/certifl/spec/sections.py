@@ -188,10 +188,10 @@ class Clients(Section):
     @property
     def participants(self) -> int:
         """How many clients take part in a round."""
-        return participants(self.participation, self.seen)
+        return participants(self.participation, self.training_count)
 
     @property
-    def seen(self) -> int:
+    def training_count(self) -> int:
         """How many clients take part in training: those numbered from 0 up to here."""
         return self.count - self.unseen
 

@@ -130,7 +130,7 @@ class Spec(sections.Section):
         if kind == "example":
             check_arithmetic(self.training.precision, self.training.memory_format)
             return
-        self.privacy.budget().check_delta(self.clients.seen, "clients")
+        self.privacy.budget().check_delta(self.clients.training_count, "clients")
         if self.aggregation.build() is not None:
             raise ValueError(
                 'privacy.kind = "client" is a rule of aggregation itself, with clipping of its '

@@ -59,7 +59,7 @@ def spent(
             ledger.spent(sent),
         )
     else:
-        clients = spec.clients.seen
+        clients = spec.clients.training_count
         noise, messages = [ledger.multiplier] * clients, [ledger.spent(history)] * clients
         total = None if noiseless(spec) else messages
     return {
@@ -137,7 +137,7 @@ def planned_spending(spec: Spec) -> list[float]:
         spec.privacy.budget(),
         spec.algorithm,
         spec.training.rounds,
-        spec.clients.seen,
+        spec.clients.training_count,
         spec.clients.participation,
         b"",
     )

@@ -234,7 +234,7 @@ def load_code(folder: Path, spec: Spec, code: Path | None, recorded: object = No
 def study_metadata(spec: Spec) -> dict[str, Any]:
     """The study's entries in run.json, wherever the clients are."""
     algorithm, clients = spec.build_algorithm(), spec.clients
-    unseen = list(range(clients.seen, clients.count))
+    unseen = list(range(clients.training_count, clients.count))
     return {
         "name": spec.name,
         "regime": algorithm.name,
@@ -346,7 +346,7 @@ def participation(spec: Spec) -> Participation | None:
     share, private = spec.clients.participation, spec.privacy.kind == "client"
     if private or (share == 1 and not spec.clients.unseen):
         return None
-    return RandomShare(share, spec.clients.seen, spec.seed)
+    return RandomShare(share, spec.clients.training_count, spec.seed)
 
 
 def by_client(entry: dict[str, Any]) -> dict[str, Any]:
@@ -397,7 +397,7 @@ def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -
         privacy.budget(),
         spec.algorithm,
         spec.training.rounds,
-        spec.clients.seen,
+        spec.clients.training_count,
         spec.clients.participation,
         key,
     )

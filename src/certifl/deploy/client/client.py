@@ -70,7 +70,7 @@ from certifl.study.setup import (
     protection,
     training_key,
 )
-from certifl.torch_env import threads_asked
+from certifl.torch_env import requested_threads
 
 _log = logging.getLogger(__name__)
 _SHORTEST, _LONGEST = 1.0, 3600.0
@@ -126,7 +126,7 @@ class Client:
         """The answer to a request; a fault where it cannot be fulfilled."""
         started = time.perf_counter()
         try:
-            with private_files(), threads_asked(self.settings.threads):
+            with private_files(), requested_threads(self.settings.threads):
                 answer = self._answer(content)
         except Rejected as refusal:
             answer = self._fault("wrong", f"it refuses: {refusal}", str(refusal))

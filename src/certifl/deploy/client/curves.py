@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from certifl.certification import Certificates, verify
-from certifl.certification.metadata import AMOUNTS, asked_conditions
+from certifl.certification.metadata import AMOUNTS, requested_conditions
 from certifl.certification.settings import PRECISIONS, Settings
 from certifl.deploy.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
@@ -176,7 +176,7 @@ class CertificateChecks:
         """The perturbation, and the metadata that follow from the study; the client's, checked."""
         perturbation = self._perturbation(sent)
         try:
-            derived = asked_conditions(perturbation, self._settings(), self.spec.seed)
+            derived = requested_conditions(perturbation, self._settings(), self.spec.seed)
         except InputError as error:
             raise MalformedMessage(f"its perturbation does not fit the study ({error})") from error
         expected = json.loads(json.dumps(derived))

@@ -33,10 +33,10 @@ from certifl.deploy.flower import (
     Child,
     Endpoint,
     acquire,
-    beating,
     bypass_proxies,
     configure_flower,
     free_port,
+    heartbeats,
     in_background,
     locked_folder,
     runtime_client,
@@ -227,7 +227,7 @@ def _answer_task(endpoint: Endpoint, client: Client, token: str) -> None:
     status = SubStatus.FAILED
     try:
         message, context, _run, _fab = pull_task_input(runtime)
-        with beating(runtime):
+        with heartbeats(runtime):
             push_message(runtime, respond(message, client), context)
         status = SubStatus.COMPLETED
     finally:

@@ -87,7 +87,7 @@ class Claim:
     @property
     def rule(self) -> str:
         """When the claim counts as supported, in words."""
-        joined = _SOME if self.across is rules.some else _EVERY
+        joined = _SOME if self.across is rules.any_supported else _EVERY
         if self.combination is rules.all_but_one:
             joined = _ALL_BUT_ONE
         return f"{self.judged_by.words}; {joined}"
@@ -136,7 +136,7 @@ CLAIMS: tuple[Claim, ...] = (
         "training alone.",
         "At some radius the certified accuracy of FedAvg exceeds that of Local by over 20 points.",
         (Pairs(FEDAVG, LOCAL, _SEVERAL, (("largest gain", rules.MinimumEffect(0.20)),)),),
-        across=rules.some,
+        across=rules.any_supported,
     ),
     Claim(
         "4.1 (iii)",

@@ -65,7 +65,7 @@ def deciding(result: ClaimResult) -> tuple[Finding, ...]:
     Of a claim that something can happen, the supported ones: the intervals of the others may
     extend far below what is claimed, and would seem to contradict the verdict.
     """
-    if result.claim.across is rules.some and result.verdict == rules.SUPPORTED:
+    if result.claim.across is rules.any_supported and result.verdict == rules.SUPPORTED:
         return tuple(t for t in result.judged if t.verdict == rules.SUPPORTED)
     return result.judged
 

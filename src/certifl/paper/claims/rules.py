@@ -155,7 +155,7 @@ def all_but_one(verdicts: Sequence[str]) -> str:
     return _tolerating(verdicts, 1 if len(verdicts) >= 3 else 0)
 
 
-def some(verdicts: Sequence[str]) -> str:
+def any_supported(verdicts: Sequence[str]) -> str:
     """A claim that something can happen: one supported setting is enough."""
     if SUPPORTED in verdicts or not verdicts:
         return SUPPORTED if verdicts else NOT_TESTED

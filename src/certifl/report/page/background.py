@@ -102,13 +102,13 @@ def _limits(context: ReportContext, alpha: float) -> list[tuple[str, str]]:
     return [
         (
             "It is about the smoothed classifier.",
-            "That is the class with the most votes over noisy copies of the image. A single "
-            "answer of the network promises nothing.",
+            "It returns the class with the most votes over noisy copies of the image. A single "
+            "prediction of the network is not certified.",
         ),
         (
             "Stable does not mean correct.",
-            "A certificate says that the answer does not change. Whether it is correct is known "
-            "here only because the test images have labels.",
+            "A certificate says that the prediction does not change. Whether it is correct is "
+            "known here only because the test images have labels.",
         ),
         *([] if covers_received(metadata["family"]) else [interpolated_once]),
         (
