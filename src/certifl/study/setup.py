@@ -62,8 +62,9 @@ _log = logging.getLogger(__name__)
 def data_columns(spec: Spec) -> ReadOptions:
     """The columns that a study reads, where its data set is a table."""
     splitter = spec.clients.splitter()
-    kept = splitter.column if isinstance(splitter, Column) else None
-    return ReadOptions(label=spec.data.label_column, kept=kept, prepare=spec.data.preparation())
+    column = splitter.column if isinstance(splitter, Column) else None
+    prepare = spec.data.preparation()
+    return ReadOptions(label=spec.data.label_column, keep_column=column, prepare=prepare)
 
 
 def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Dataset:
@@ -77,7 +78,7 @@ def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Da
         spec.data.name,
         data_dir,
         label_column=columns.label,
-        keep_column=columns.kept,
+        keep_column=columns.keep_column,
         test_split=spec.data.test_split,
         resize=spec.data.resize,
         crop=spec.data.crop,
