@@ -197,7 +197,7 @@ def test_images_that_all_agree_do_not_make_an_interval_of_width_zero():
 
 
 def test_rare_images_of_one_client_may_hide_a_spread():
-    """40 perfect images of each client: up to 1 - 0.025 ** (1 / 40) of one client's may be lost."""
+    """Each client has 40 perfect images: up to 1 - 0.025 ** (1 / 40) of one may be lost."""
     one, two = (results(spec(a, clients=4), 0.5, images=40) for a in (LOCAL, FEDAVG))
     runs = [read_run(r) for r in (one, dataclasses.replace(two, certificates=one.certificates))]
     found = QUANTITIES["spread"].of(Sampler(runs, 400), *runs)
