@@ -177,14 +177,14 @@ def index_page(
     rows.append(["all runs, each once", *_cost_cells(cost_of(runs))])
     machines = dict.fromkeys(machine_words(manifest(run)) for run in runs)
     commands = dict.fromkeys(command_words(shown.index["command"]) for shown in figures)
-    code = commits_of(study, tuple(runs), commit)
+    code, names = commits_of(study, tuple(runs), commit), [one.name for one in missing]
     parts = [
         "# Results",
         "Made by `python docs/results/figures.py`.",
         "## The paper's claims",
-        f"{tally(report)} [Does the paper hold?](paper.md) has them on one page. "
+        f"{tally(report, names)} [Does the paper hold?](paper.md) has them on one page. "
         "[What is measured, and when a claim counts as supported](../claims.md).",
-        overview(report, pages),
+        overview(report, pages, names),
         "\n".join(f"- {line}" for line in explanation(report)),
         "## The figures",
         markdown_table(

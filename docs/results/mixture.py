@@ -78,7 +78,7 @@ def _panel(data: Path, setting: Setting) -> Panel | None:
         )
         for _, kind in KINDS
     )
-    return Panel(noise_words(fedavg.conditions), points, fit(fedavg))
+    return Panel(noise_words(fedavg), points, fit(fedavg))
 
 
 def drawing_of(found: Sequence[Panel]) -> Drawing:

@@ -121,7 +121,7 @@ def comparison_tables(folder: Path, index: Mapping[str, Any]) -> list[str]:
 
 
 def _heading(run: RunResults) -> str:
-    return f"{run.data_name}, {len(run.clients)} clients, {noise_words(run.conditions)}"
+    return f"{run.data_name}, {len(run.clients)} clients, {noise_words(run)}"
 
 
 def _table(runs: Sequence[Row]) -> str:

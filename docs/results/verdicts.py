@@ -18,7 +18,9 @@ from certifl.paper.claims.rules import (
     SUPPORTED,
     UNDECIDED,
     VERDICTS,
+    all_but_one,
     every,
+    some,
 )
 from certifl.report.wording import markdown_table, range_of
 
@@ -125,25 +127,27 @@ def _open(judged: Sequence[Finding]) -> str:
     return (
         f"{len(still)} of {len(judged)} comparisons are undecided: with {images} images their "
         f"intervals are {min(widths):.1f} to {max(widths):.1f} points wide, where "
-        f"{100 * MARGIN:g} points, or less near 0, count as a difference.{none} More images would "
-        "decide them."
+        f"{100 * MARGIN:g} points, or less near 0, count as a difference.{none} With more images "
+        "they would be narrower."
     )
 
 
-def overview(report: Report, pages: Mapping[str, str]) -> str:
+def overview(report: Report, pages: Mapping[str, str], missing: Sequence[str] = ()) -> str:
     """All claims with their verdicts over a whole study, and links to the figures' pages."""
     rows = []
     for result, row in zip(report.results, claim_rows(report), strict=True):
         links = [f"[{name}]({page})" for name, page in pages.items() if bears_on(result, name)]
-        rows.append([row["claim"], result.claim.sentence, *(str(row[k]) for k in _KEYS[1:])])
+        numbers = (str(row[key]) for key in _KEYS[2:])
+        rows.append([row["claim"], result.claim.sentence, _verdict(result, missing), *numbers])
         rows[-1].append(", ".join(links) or result.claim.figure)
     return markdown_table(("claim", "what the paper says", *_HEAD[1:], "shown in"), rows)
 
 
-def tally(report: Report) -> str:
+def tally(report: Report, missing: Sequence[str] = ()) -> str:
     """How many claims have which verdict."""
-    found = [result.verdict for result in report.results]
-    counts = [f"{found.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in found]
+    found = [_verdict(result, missing) for result in report.results]
+    verdicts = [verdict + so_far for verdict in VERDICTS for so_far in ("", _SO_FAR)]
+    counts = [f"{found.count(verdict)} {verdict}" for verdict in verdicts if verdict in found]
     return f"Of {len(found)} claims: {', '.join(counts)}."
 
 
@@ -236,7 +240,7 @@ def paper_page(report: Report, missing: Sequence[str]) -> str:
         notes.append(f"Not computed yet: {', '.join(missing)}.")
     parts = [
         "# Does the paper hold?",
-        f"Made by `python docs/results/figures.py`. {tally(report)}",
+        f"Made by `python docs/results/figures.py`. {tally(report, missing)}",
         markdown_table(
             ("claim", "what the paper says", "here", "difference, 95 % (points)"), rows
         ),
@@ -249,18 +253,30 @@ def paper_page(report: Report, missing: Sequence[str]) -> str:
 
 
 def _answer(result: ClaimResult, missing: Sequence[str]) -> str:
-    """The verdict in a word; a yes is preliminary where figures of the claim are missing."""
+    """The verdict in a word; preliminary where figures of the claim may change it."""
     answer = _ANSWERS[result.verdict]
     return f"so far {answer}" if _unfinished(result, missing) else answer
 
 
 def _unfinished(result: ClaimResult, missing: Sequence[str]) -> bool:
-    """Whether a claim about every setting is supported in some, and others are not computed.
+    """Whether figures that are not computed yet may change the verdict.
 
-    One setting is enough to refute such a claim, and to support one that something can happen.
+    One setting refutes a claim about every setting, and supports one that something can happen.
+    Where one value of λ may fail, two that fail refute a claim.
     """
-    everywhere = result.verdict == SUPPORTED and result.claim.across is every
-    return everywhere and any(bears_on(result, figure) for figure in missing)
+    claim = result.claim
+    failed = [t.group for t in result.judged if t.verdict == NOT_SUPPORTED]
+    if result.verdict == SUPPORTED:
+        open_ = claim.across is every
+    elif claim.combination is all_but_one:
+        open_ = result.verdict == NOT_SUPPORTED and len(set(failed)) == len(failed)
+    else:
+        open_ = result.verdict == NOT_SUPPORTED and claim.across is some
+    return open_ and any(bears_on(result, figure) for figure in missing)
+
+
+def _verdict(result: ClaimResult, missing: Sequence[str]) -> str:
+    return result.verdict + _SO_FAR * _unfinished(result, missing)
 
 
 def choices(report: Report, missing: Sequence[str] = ()) -> list[tuple[str, str]]:
@@ -270,10 +286,7 @@ def choices(report: Report, missing: Sequence[str] = ()) -> list[tuple[str, str]
     for question, claims, answers in _CHOICES:
         first = results[claims[0]]
         verdict = UNDECIDED if _unfinished(first, missing) else first.verdict
-        based = ", ".join(
-            f"{name} {results[name].verdict}{_SO_FAR * _unfinished(results[name], missing)}"
-            for name in claims
-        )
+        based = ", ".join(f"{name} {_verdict(results[name], missing)}" for name in claims)
         found.append((question, f"{answers.get(verdict, 'Not computed yet.')} ({based})"))
     return found
 

@@ -196,6 +196,16 @@ def test_images_that_all_agree_do_not_make_an_interval_of_width_zero():
     assert low == -high
 
 
+def test_rare_images_of_one_client_may_hide_a_spread():
+    """Each client has 40 perfect images: up to 1 - 0.025 ** (1 / 40) of one may be lost."""
+    one, two = (results(spec(a, clients=4), 0.5, images=40) for a in (LOCAL, FEDAVG))
+    runs = [read_run(r) for r in (one, dataclasses.replace(two, certificates=one.certificates))]
+    found = QUANTITIES["spread"].of(Sampler(runs, 400), *runs)
+    assert found.interval(0.05)[1] == pytest.approx(1 - 0.025 ** (1 / 40))
+    grown = change(found, found).interval(0.05)
+    assert grown[1] == pytest.approx(math.sqrt(2) * (1 - 0.025 ** (1 / 40)))
+
+
 def test_runs_of_equal_certificates_are_equal_only_where_images_are_many():
     def twins(images: int):
         one, two = (results(spec(a, clients=4), 0.5, images=images) for a in (LOCAL, FEDAVG))

@@ -14,6 +14,7 @@ from PIL import Image
 import claims_factory as factory
 from certifl.paper.claims import CLAIMS
 from certifl.paper.claims.catalogue import check_runs
+from certifl.paper.claims.runs import StudyRun
 from certifl.paper.figures import FIGURES
 from certifl.report import load_run
 from certifl.report.summary import client_acr, client_curves, largest_radius
@@ -126,7 +127,7 @@ def test_a_planted_effect_is_reported_and_undecided_ones_are_called_that(made):
     ends = re.findall(r"between ([+-]\d+\.\d) and ([+-]\d+\.\d) points", verdict)
     low, high = map(float, ends[0])
     assert 0 < low < 30 < high
-    assert "More images would decide them" in words
+    assert "With more images they would be narrower" in words
     assert "**4.2" not in page
     assert "4.1 (iii): not tested" in words
 
@@ -231,3 +232,27 @@ def test_a_claim_is_only_so_far_supported_while_its_figures_are_missing():
     assert "FedAvg certifies more in every setting" not in partly
     assert "4.1 (ii) supported so far" in partly
     assert re.search(r"\| 4\.1 \(ii\) by over 20 points \| .* \| \*\*yes\*\* \|", partly)
+    assert "1 supported so far" in verdicts.tally(report, ["figure6"])
+    assert "| supported so far |" in verdicts.overview(report, {}, ["figure6"])
+
+
+def answer(runs: list[StudyRun], claim: str, missing: list[str]) -> str:
+    page = verdicts.paper_page(check_runs(runs, draws=200), missing)
+    return page.partition(f"| {claim} |")[2].split(" | ")[1]
+
+
+def test_a_no_is_preliminary_where_another_setting_may_make_it_a_yes():
+    none = factory.pair(0.5, 0.5)
+    over = "4.1 (ii) by over 20 points"
+    assert answer(none, over, ["figure6"]) == "so far **no**"
+    assert answer(none, over, []) == "**no**"
+    assert answer(none, "4.1 (ii)", ["figure6"]) == "**no**"  # it is about every setting
+
+    def mixtures(*acrs: float) -> list[StudyRun]:
+        values = zip((0.1, 0.5, 0.9), acrs, strict=False)
+        made = [factory.run(factory.spec(factory.mixture(at)), acr) for at, acr in values]
+        return [factory.run(factory.spec(factory.FEDAVG), 0.5), *made]
+
+    one_of_two = mixtures(0.7, 0.3)  # the third may make it one of three
+    assert answer(one_of_two, "4.4 (i)", ["figure5"]) == "so far **no**"
+    assert answer(mixtures(0.3, 0.3), "4.4 (i)", ["figure5"]) == "**no**"

@@ -100,7 +100,7 @@ def test_intervals_of_ordinary_data_are_no_wider_than_necessary():
 def pooled(values: Sequence[Floats], scale: float) -> Floats:
     together = np.concatenate(values)
     far = np.abs(together - np.median(together, axis=0)) > intervals.ALIKE * scale
-    return far.sum(axis=0)
+    return np.broadcast_to(far.sum(axis=0) / len(values), (len(values), *far.shape[1:]))
 
 
 @pytest.mark.statistical

@@ -20,6 +20,7 @@ from certifl.experiments.verify import impossible, verify_run
 from certifl.paper.claims import check_claims, verdicts_section
 from certifl.report import load_runs, summary_rows, write_report
 from certifl.report.compare import compare
+from certifl.report.seed_table import seed_table
 from certifl.report.summary import client_acr, client_curves, radius_grid
 from certifl.runs.folder import RunFolder
 from report_factory import keep_to_themselves, make_certificates, make_manifest, write_run
@@ -68,6 +69,12 @@ def test_numbers_of_such_a_comparison_are_those_of_the_curves(runs):
         assert not pair.shown
     assert found.clients == ()
     assert compare(loaded[:1]).paired  # a run by itself has its interval, as before
+
+
+def test_a_table_without_pairs_has_no_differences(runs):
+    table = seed_table(runs)
+    assert "inf" not in table.text() + table.csv()
+    assert {row["behind"] for row in table.numbers} == {None}
 
 
 def test_the_table_of_the_terminal_has_every_run(runs):

@@ -12,9 +12,9 @@ from certifl.report import intervals
 from certifl.report.compare import compare
 from certifl.report.intervals import (
     Sample,
-    even_images,
     hidden_share,
     interval_over_seeds,
+    limiting_images,
     mean_interval,
 )
 from report_factory import make_certificates, make_run
@@ -24,6 +24,7 @@ Draw = Callable[[np.random.Generator, tuple[int, int]], Floats]
 
 ERROR = 0.05
 TRIALS = 1500
+SIZES = [(10,), (30,), (2,) * 10, (10,) * 4, (3, 40, 7)]
 
 
 def two_radii(stream: np.random.Generator, shape: tuple[int, int]) -> Floats:
@@ -60,7 +61,7 @@ def too_often(count: int, trials: int = TRIALS, error: float = ERROR) -> bool:
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("draw", list(MEANS))
-@pytest.mark.parametrize("sizes", [(10,), (30,), (2,) * 10, (10,) * 4, (3, 40, 7)])
+@pytest.mark.parametrize("sizes", [*SIZES, (3, 400), (10, *(400,) * 4)])
 def test_intervals_miss_at_their_nominal_rate(draw, sizes):
     assert not too_often(misses(draw, sizes))
 
@@ -108,8 +109,15 @@ def test_no_client_has_a_shown_difference_where_there_is_none(monkeypatch):
 
 def test_the_rule_of_three_bounds_what_was_not_sampled():
     assert (1 - hidden_share(30, 0.05)) ** 30 == pytest.approx(0.025)
-    assert even_images((20, 20, 20)) == pytest.approx(60)
-    assert even_images((2, 40)) < 42
+    assert limiting_images((20, 20, 20)) == 60
+    assert limiting_images((2, 40)) == 4
+
+
+def test_many_images_of_one_client_say_nothing_about_another():
+    many = np.r_[np.zeros(380), np.full(20, 0.9)]
+    low, high = mean_interval([many, np.full(5, 0.1)], ERROR, 1.0)
+    assert (high - low) / 2 >= hidden_share(10, ERROR) - 1e-12
+    assert np.isinf(Sample.of([many, many]).floors(1.0)).all()
 
 
 def test_no_variance_is_no_certainty():

@@ -5,6 +5,7 @@ import hashlib
 import html
 import html.parser
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -25,11 +26,12 @@ from certifl.report.compare import compare
 from certifl.report.page import explorer as explored
 from certifl.report.page import page as page_module
 from certifl.report.page.html import Markup, el, embedded_json, table
+from certifl.report.results import by_seed
 from certifl.report.style import LOOKS
-from certifl.report.summary import client_curves, radius_grid
+from certifl.report.summary import client_curves, group_words, radius_grid
 from certifl.report.wording import percent
 from explorer_factory import strip, write_explorer
-from report_factory import make_certificates, make_manifest, write_run
+from report_factory import PIXEL, ROTATION, make_certificates, make_manifest, write_run
 from report_pages import data_of
 
 
@@ -137,6 +139,32 @@ def test_runs_that_differ_in_more_than_the_algorithm_are_marked(bare, tmp_path):
     text = _words(written(folders, tmp_path))
     assert "differ in more than the algorithm: alpha (0.001, 0.002)" in text
     assert "at least 99.8 % over the votes" in text
+
+
+def test_every_sigma_is_named_and_no_risk_is_rounded_away(bare, tmp_path):
+    folders = []
+    for number in range(2):
+        wide = {**ROTATION, "sigma": 0.1 * (1 + number) * math.pi}
+        certificates = make_certificates(0.8, 2, 12, wide)
+        conditions = {**certificates.conditions, "alpha": 1e-8}
+        object.__setattr__(certificates, "conditions", conditions)
+        manifest = make_manifest("fedavg", f"FedAvg {number}", 2, 24)
+        folders.append(write_run(tmp_path / str(number), certificates, manifest))
+    text = _words(written(folders, tmp_path))
+    both = "σ = 18° (0.1 π radians) or 36° (0.2 π radians)"
+    assert both in text
+    assert both in group_words(*by_seed(load_runs(folders)))  # titles of figures
+    assert "at least 99.999999 % over the votes" in text
+
+
+def test_radii_of_one_side_are_called_that_on_every_axis(bare, tmp_path):
+    blur = {"family": "gaussian_blur", "law": "exponential", "norm": "l1", "unit": "px^2"}
+    certificates = make_certificates(0.8, 2, 12, {**PIXEL, **blur})
+    folder = write_run(tmp_path / "run", certificates, make_manifest("fedavg", "FedAvg", 2, 24))
+    page = written([folder], tmp_path)
+    (unit, _) = data_of(page)["units"]
+    assert unit["axis"] == ", added variance from 0, in px^2"
+    assert page.read_text().count("radius${unit.axis}") == 2
 
 
 def test_a_page_has_a_default_path(study):

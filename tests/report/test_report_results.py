@@ -12,6 +12,7 @@ from scipy import stats
 from certifl.errors import StoreError, StoreMismatch
 from certifl.report import load_run, load_runs, summary_rows
 from certifl.report.compare import compare, own_interval, standing
+from certifl.report.page.context import share_cell
 from certifl.report.page.recommendation import by_margin, grouped, headline, recommendations
 from certifl.report.style import LOOKS, looks_of
 from certifl.report.summary import (
@@ -23,6 +24,7 @@ from certifl.report.summary import (
     measures_of,
     radius_grid,
     selected_radii,
+    share,
     spread,
     vote_cost,
 )
@@ -31,6 +33,7 @@ from report_factory import (
     PIXEL,
     REGIMES,
     ROTATION,
+    blank_certificates,
     make_certificates,
     make_history,
     make_manifest,
@@ -307,6 +310,18 @@ def test_a_single_run_is_described(runs):
     share = percent(float(runs[1].certificates.correct.mean()))
     assert sentence == f"FedAvg certifies {share} of the test images correctly."
     assert DEGREES.text(float(client_acr(runs[1]).mean())) in support[0]
+
+
+def test_limits_of_shares_are_rounded_outward():
+    assert "0.0 to 4.6" in share_cell(share(0, 80))  # 4.507 %
+    assert "95.4 to 100.0" in share_cell(share(80, 80))
+
+
+def test_best_and_worst_of_equal_clients_are_two():
+    equal = blank_certificates(6, client=np.repeat(np.arange(3), 2), conditions=ROTATION)
+    best, worst, gap = spread(make_run(equal))
+    assert gap == 0.0
+    assert best != worst
 
 
 def test_lists_of_clients_are_short():

@@ -83,7 +83,7 @@ def write_paper_figure(folder: str | Path) -> Path:
     for page in index["pages"]:
         compared = [runs.labeled(run) for run in page["runs"]]
         first = compared[0]
-        clients, noise = len(first.clients), summary.noise_words(first.conditions)
+        clients, noise = len(first.clients), summary.noise_words(*compared)
         title = f"{first.data_name or 'images'}, {clients} clients, {noise}"
         comparisons.append((title, compared))
         write_report(

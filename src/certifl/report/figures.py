@@ -159,7 +159,7 @@ def _title(runs: Sequence[Row], title: str | None, style: FigureStyle) -> str:
     """The one that was asked for; otherwise the perturbation, unless a caption will give it."""
     if title is not None:
         return title
-    return "" if style.size else summary.group_words(runs[0])
+    return "" if style.size else summary.group_words(*runs)
 
 
 def per_client_figure(
@@ -379,7 +379,7 @@ def plot(
     draw_curves(axes, rows, looks, radii, style)
     drawn = [*before, *((look, row.label) for row, look in zip(rows, looks, strict=True))]
     setattr(axes, _DRAWN, drawn)
-    title = "" if style.size else summary.noise_words(rows[0].conditions)
+    title = "" if style.size else summary.noise_words(*rows)
     certified_axes(axes, rows, end, style, title if ax is None else "")
     named_legend(axes, [look for look, _ in drawn], [name for _, name in drawn], "best", 1, style)
     return axes
@@ -451,7 +451,7 @@ def title_above(axes: Axes, title: str) -> None:
 
 def heading(figure: Figure, runs: Sequence[Row], title: str | None) -> None:
     """A title and one legend for all panels."""
-    text = title if title is not None else summary.group_words(runs[0]) if runs else ""
+    text = title if title is not None else summary.group_words(*runs) if runs else ""
     if text:
         shown = short_name(text, _LONGEST_TITLE)
         figure.suptitle(shown, fontsize=10.5, color=INK, parse_math=False)

@@ -51,18 +51,23 @@ def unlike_images(values: Sequence[Floats] | Floats, scale: float) -> int:
         values: of each client, of its own images (m,).
         scale: largest possible distance between two images.
     """
-    return int(_unlike([np.atleast_1d(own) for own in values], scale))
+    return int(np.sum(_unlike([np.atleast_1d(own) for own in values], scale)))
 
 
 def _unlike(values: Sequence[Floats], scale: float) -> Ints:
-    """The same for every column; of each client (its images, ...)."""
+    """(clients, ...) the same for every client and column; of each client (its images, ...)."""
     far = [np.abs(own - np.median(own, axis=0)) > ALIKE * scale for own in values]
-    return np.sum([own.sum(axis=0) for own in far], axis=0)
+    return np.stack([own.sum(axis=0) for own in far])
 
 
-def even_images(sizes: Sequence[int]) -> float:
-    """Number of images that would bound the mean equally well, spread evenly over the clients."""
-    return len(sizes) ** 2 / sum(1.0 / size for size in sizes)
+def limiting_images(sizes: Sequence[int]) -> int:
+    """Number of images that limits what may be hidden from a mean over clients.
+
+    Rare images may all be of one client, and are missed most easily where images are few. With
+    s_j the share of client j that was not sampled, (1 - s_1)^m_1 ... (1 - s_C)^m_C >= error / 2
+    implies that the mean of the s_j is at most `hidden_share` of C times the smallest m_j.
+    """
+    return len(sizes) * min(sizes)
 
 
 def too_few(sizes: Sequence[int]) -> bool:
@@ -108,11 +113,20 @@ class Sample:
     def floors(self, scale: float) -> Floats:
         """(independent sets of images, columns): how many images limit how narrow an interval is.
 
-        Infinite where so many are unlike that the sample variance is enough.
+        Infinite where so many are unlike that the sample variance is enough. An image counts by
+        the square of its weight in the mean, as in the variance: those of a client with many
+        images say nothing about one with few, whose images move the mean most.
         """
-        shown = _unlike(self.values, scale) >= FEWEST_UNLIKE
-        own = np.where(shown, np.inf, even_images([len(v) for v in self.values]))[None]
+        sizes = np.array([len(v) for v in self.values])
+        shown = (sizes.min() / sizes) ** 2 @ _unlike(self.values, scale) >= FEWEST_UNLIKE
+        own = np.where(shown, np.inf, limiting_images(sizes.tolist()))[None]
         return own if self.earlier is None else np.concatenate([own, self.earlier.floors(scale)])
+
+    def client_floors(self, scale: float) -> Floats:
+        """(1, columns) as `floors`, for a statistic that one client alone may move by so much."""
+        shown = _unlike(self.values, scale) >= FEWEST_UNLIKE
+        sizes = np.array([[len(v)] for v in self.values])
+        return np.where(shown, np.inf, sizes).min(axis=0)[None]
 
     def weights(self) -> tuple[Ints, Floats]:
         """Every image and (images, columns) how far it moves the mean; squares sum to `spans`."""

@@ -157,12 +157,12 @@ def seed_table(runs: Sequence[str | Path | RunResults]) -> SeedTable:
     """
     groups = [by_seed(group) for group in by_perturbation(load_runs(runs))]
     summaries = iter(summary_rows(runs))
-    one_noise = len({noise_words(group[0].conditions) for group in groups}) == 1
+    one_noise = len({noise_words(*group) for group in groups}) == 1
     parts: list[TableOfGroup] = []
     numbers: list[Mapping[str, Any]] = []
     for group in groups:
         own = [next(summaries) for _ in group]
-        title = group[0].runs[0].group if one_noise else group_words(group[0])
+        title = group[0].runs[0].group if one_noise else group_words(*group)
         part, more = _of_group(title, group, own)
         parts.append(part)
         numbers += more
@@ -191,7 +191,7 @@ def _of_group(
         leaders = {result.best, *result.tied}
         for at in range(len(rows)):
             pair = None if at == result.best else difference(compared.pairs, result.best, at)
-            behind[at] = pair if pair is not None and pair.stated else None
+            behind[at] = pair if pair is not None and compared.paired and pair.stated else None
     radii = [f"≥ {share['radius_text']}" for share in summaries[0]["accuracy"]]
     last = ["behind the best", "95 %"] if several else []
     head = ("algorithm", "seeds", "ACR", "95 %", *radii, "spread", *last)

@@ -109,7 +109,8 @@ def spread(row: Row) -> tuple[int, int, float]:
     make clients more alike than they are.
     """
     radii = client_acr(row)
-    best, worst = int(radii.argmax()), int(radii.argmin())
+    # The last of the smallest: where all are equal, two clients are named.
+    best, worst = int(radii.argmax()), len(radii) - 1 - int(radii[::-1].argmin())
     gap = float(np.mean([np.ptp(client_acr(run)) for run in row.runs]))
     return int(row.clients[best]), int(row.clients[worst]), gap
 
@@ -245,15 +246,16 @@ def first_unit(rows: Sequence[Row]) -> RadiusScale:
     return scales(rows[0].conditions, largest_radius(rows))[0]
 
 
-def noise_words(metadata: Mapping[str, Any]) -> str:
-    """The perturbation and its sigma."""
-    return f"{family_words(metadata)}, σ = {sigma_text(metadata)}"
+def noise_words(*rows: Row) -> str:
+    """The perturbation of some rows and its sigma, or each sigma where these differ."""
+    sigmas = dict.fromkeys(sigma_text(row.conditions) for row in rows)
+    return f"{family_words(rows[0].conditions)}, σ = {' or '.join(sigmas)}"
 
 
-def group_words(row: Row) -> str:
+def group_words(*rows: Row) -> str:
     """The perturbation, and which clients these are where some took no part in training."""
-    noise = noise_words(row.conditions)
-    group = row.runs[0].group
+    noise = noise_words(*rows)
+    group = rows[0].runs[0].group
     return f"{noise}, {group}" if group else noise
 
 

@@ -37,6 +37,11 @@ def tenths(value: float) -> str:
     return f"{math.floor(1000 * value + 0.5 + 1e-9) / 10:.1f}"
 
 
+def outward(low: float, high: float) -> str:
+    """The limits of a share in percent, to tenths, rounded outward."""
+    return f"{floor_text(100.0 * low, 1)} to {abs(float(floor_text(-100.0 * high, 1))):.1f}"
+
+
 def listed(names: Sequence[str]) -> str:
     """a, b and c; at least one name."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -225,13 +225,14 @@ class ResampledStatistic:
     Attributes:
         values: of each seed, on the certified images.
         draws: of each seed, those of every independent part with its sign.
-        samples: of each seed, the differences that limit how narrow an interval is.
+        floors: of each seed, how many images limit how narrow an interval is, of every independent
+            part.
         unit: one unit of the statistic in shares.
     """
 
     values: tuple[float, ...]
     draws: tuple[tuple[tuple[float, Floats], ...], ...]
-    samples: tuple[Sample, ...]
+    floors: tuple[Floats, ...]
     unit: float = 1.0
 
     @property
@@ -252,8 +253,7 @@ class ResampledStatistic:
             scatter = float(np.std(self.values, ddof=1)) / math.sqrt(seeds)
             between = -float(special.stdtrit(seeds - 1, error / 2.0)) * scatter
         sides = [[_margins(parts, error)[side] for parts in self.draws] for side in (0, 1)]
-        floors = [sample.floors(1.0) for sample in self.samples]
-        hidden = float(rule_of_three_margin(floors, error)[0]) / self.unit
+        hidden = float(rule_of_three_margin(self.floors, error)[0]) / self.unit
         down, up = (
             max(hidden, math.hypot(between, math.sqrt(float(np.mean(np.square(side))))))
             for side in sides
@@ -266,7 +266,7 @@ class ResampledStatistic:
         return cls(
             tuple(value for one in every for value in one.values),
             tuple(parts for one in every for parts in one.draws),
-            tuple(sample for one in every for sample in one.samples),
+            tuple(floors for one in every for floors in one.floors),
             every[0].unit,
         )
 
@@ -277,9 +277,8 @@ class ResampledStatistic:
             (*later, *((-sign, resampled) for sign, resampled in before))
             for later, before in zip(self.draws, earlier.draws, strict=True)
         )
-        pairs = zip(self.samples, earlier.samples, strict=True)
-        samples = tuple(dataclasses.replace(one, earlier=before) for one, before in pairs)
-        return ResampledStatistic(values, draws, samples, min(self.unit, earlier.unit))
+        floors = tuple(map(np.concatenate, zip(self.floors, earlier.floors, strict=True)))
+        return ResampledStatistic(values, draws, floors, min(self.unit, earlier.unit))
 
 
 def _margins(parts: Sequence[tuple[float, Floats]], error: float) -> tuple[float, float]:
@@ -391,8 +390,8 @@ def _spread(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
         resampled_spread(sampler.acr(run)) for run in (first, second)
     )
     deviations = one_drawn - two_drawn - (one - two)
-    samples = (sampler.gains(first, second),)
-    source = ResampledStatistic((one - two,), (((1.0, deviations),),), samples)
+    floors = sampler.gains(first, second).client_floors(1.0)
+    source = ResampledStatistic((one - two,), (((1.0, deviations),),), (floors,))
     # Clients whose ACRs are all near 0 lie close together for that reason alone. A spread near 0
     # is no such reason: clients may be alike at any ACR.
     effect = _effect(sampler, first, source, sampler.level(first, second, accuracy=False))
@@ -427,7 +426,7 @@ def _scatter(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
     draws = tuple(tuple((s, resampled / unit) for s, resampled in parts) for parts in spread.draws)
     return dataclasses.replace(
         whole,
-        source=ResampledStatistic(values, draws, spread.samples, unit),
+        source=ResampledStatistic(values, draws, spread.floors, unit),
         level=whole.level / unit,
         limit=1.0 / unit,
     )

@@ -48,7 +48,7 @@ parts.push((data, fit) => {
     const b = board(curveChart, height, { left: 48, right: 14, top: 10, bottom: 42 });
     const end = data.radii[data.radii.length - 1], shown = ticks(0, end * unit.factor, width < 480 ? 4 : 8);
     scales = axes(b, [0, end], [0, 1], shown.map((t) => t / unit.factor), [0, 0.2, 0.4, 0.6, 0.8, 1],
-      `radius in ${unit.name}`, (t) => tickText(t * unit.factor), (t) => state.shares ? t.toFixed(1) : `${Math.round(100 * t)} %`);
+      `radius${unit.axis}`, (t) => tickText(t * unit.factor), (t) => state.shares ? t.toFixed(1) : `${Math.round(100 * t)} %`);
     const xs = data.radii.map(scales.x);
     data.runs.forEach((run, index) => {
       const curves = chosen(run);
@@ -116,7 +116,7 @@ parts.push((data, fit) => {
     const end = largest > 0 ? largest * 1.04 : data.radii[data.radii.length - 1];
     const shown = ticks(0, end * unit.factor, b.width < 480 ? 4 : 8);
     const { x } = axes(b, [0, end], [0, 1], shown.map((t) => t / unit.factor), [],
-      `average certified radius in ${unit.name}`, (t) => tickText(t * unit.factor), String);
+      `average certified radius${unit.axis}`, (t) => tickText(t * unit.factor), String);
     data.runs.forEach((run, index) => {
       const layer = shape(b.root, "g", { class: `s${run.slot}` }), y = index * rowHeight + 38;
       const longest = Math.floor(b.width / 9) - 14, name = run.label;

@@ -7,6 +7,7 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,15 @@ from certifl.report.page.html import (
     table,
 )
 from certifl.report.results import RunResults
-from certifl.report.summary import vote_cost
-from certifl.report.wording import family_words, percent, sigma_text
+from certifl.report.summary import noise_words, vote_cost
+from certifl.report.wording import family_words, percent
 
 _PROMISE = "for every {family} whose parameters have {norm} norm at most the radius, in {unit}"
 
 
 def overview_list(context: ReportContext) -> Markup:
     """The study at a glance."""
-    runs, metadata = context.trained, context.runs[0].conditions
+    runs = context.trained
     costs = [vote_cost(run) for run in runs]
     spent = sum(votes.spent for votes in costs)
     data, images = runs[0].data, "image size not recorded"
@@ -46,7 +47,7 @@ def overview_list(context: ReportContext) -> Markup:
         ("Data", f"{data.get('name', 'not recorded')}, {images}"),
         ("Clients", _distinct(str(len(run.clients)) for run in runs)),
         ("Test images", _distinct(f"{len(run.certificates):,}" for run in runs)),
-        ("Perturbation", f"{family_words(metadata)}, σ\u00a0=\u00a0{sigma_text(metadata)}"),
+        ("Perturbation", noise_words(*context.runs).replace("σ = ", "σ\u00a0=\u00a0")),
         ("Risk per image", f"α = {_distinct(_plain(run.conditions['alpha']) for run in runs)}"),
         ("Votes", "not shared" if any(run.curves_only for run in runs) else count_text(spent)),
     ]
@@ -67,7 +68,7 @@ def meaning_section(context: ReportContext) -> Markup:
     words = {k: str(metadata[k]) for k in ("norm", "unit")} | {"family": family_words(metadata)}
     unit = "" if context.scale.factor == 1.0 else f"; this page shows {context.scale.name} first"
     promise = (
-        f"For each single image, with probability at least {100 * (1 - alpha):.6g} % over the "
+        f"For each single image, with probability at least {_confidence(alpha)} % over the "
         "votes that were cast, the smoothed classifier gives the certified class "
         f"{reach.format(**words)}. Radii are measured in {metadata['unit']}, norm "
         f"{metadata['norm']}{unit}."
@@ -328,6 +329,11 @@ def _mapping(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _distinct(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
+
+
+def _confidence(alpha: float) -> str:
+    """100 (1 - alpha) in all digits: rounded, a small alpha would become certainty."""
+    return f"{(100 * (1 - Decimal(repr(alpha)))).normalize():f}"
 
 
 def _plain(value: float) -> str:

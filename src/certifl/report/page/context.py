@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from certifl.errors import StoreError
+from certifl.perturbations import trait
 from certifl.report import summary
 from certifl.report.compare import Comparison, compare, own_interval
 from certifl.report.page.html import Markup, el, stacked
 from certifl.report.results import MODEL, Row, RunResults, all_clients, flat
 from certifl.report.style import Look, looks_of
-from certifl.report.wording import RadiusScale, percent, scales, share_of_sigma, tenths
+from certifl.report.wording import RadiusScale, outward, percent, scales, share_of_sigma
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED
 
@@ -131,7 +132,7 @@ def spread_cell(row: Row, scale: RadiusScale) -> str:
 
 def share_cell(share: summary.Share) -> Markup:
     """A share of images with its limits."""
-    return stacked(percent(share.value), f"{tenths(share.low)} to {tenths(share.high)}")
+    return stacked(percent(share.value), outward(share.low, share.high))
 
 
 # The numbers the page's script draws, and the look of each algorithm.
@@ -165,9 +166,10 @@ def chart_payload(context: ReportContext) -> dict[str, Any]:
     that it rounded itself.
     """
     runs, radii = context.runs, summary.radius_grid(context.runs)
+    family = str(runs[0].conditions["family"])
     return {
         "radii": radii.tolist(),
-        "units": [_unit(unit, radii.tolist()) for unit in context.units],
+        "units": [_unit(unit, radii.tolist(), family) for unit in context.units],
         "runs": [
             _run(run, look, radii, context.units)
             for run, look in zip(runs, looks_of(runs), strict=True)
@@ -177,9 +179,10 @@ def chart_payload(context: ReportContext) -> dict[str, Any]:
     }
 
 
-def _unit(unit: RadiusScale, radii: list[float]) -> dict[str, Any]:
+def _unit(unit: RadiusScale, radii: list[float], family: str) -> dict[str, Any]:
     return {
         "name": unit.name,
+        "axis": f"{trait(family, 'radius_note', '')} in {unit.name}",
         "suffix": unit.suffix,
         "factor": unit.factor,
         "texts": [unit.text(radius) for radius in radii],

@@ -333,7 +333,7 @@ def _panel_id(at: int) -> str:
 
 
 def _name(context: ReportContext) -> str:
-    words = summary.group_words(context.runs[0])
+    words = summary.group_words(*context.runs)
     return words[0].upper() + words[1:]
 
 
@@ -384,7 +384,7 @@ def overview(groups: Groups) -> Markup:
         for run in runs
     ]
     apart = [_APART] if groups[0][0].runs[0].group else []
-    noises = {summary.noise_words(runs[0].conditions) for runs in groups}
+    noises = {summary.noise_words(*runs) for runs in groups}
     why = [*apart, *([_SEVERAL] if len(noises) > 1 or not apart else [])]
     if len(groups) == 1:
         why = ["Some clients certify nothing; everything below is about those that do."]
@@ -400,7 +400,7 @@ def overview(groups: Groups) -> Markup:
 
 def _small_picture(runs: Sequence[Row], at: int) -> Markup:
     clients = client_list(all_clients(runs))
-    name = f"{summary.group_words(runs[0])}: {clients}"
+    name = f"{summary.group_words(*runs)}: {clients}"
     image = picture(certified_accuracy_figure(runs, title=clients), f"Certified accuracy, {name}")
     link = el("a", {"href": f"#{_panel_id(at)}"}, "details")
     return el("figure", None, el("figcaption", None, name, " (", link, ")"), image)

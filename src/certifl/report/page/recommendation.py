@@ -12,7 +12,7 @@ from certifl.report.page.context import ReportContext, named
 from certifl.report.page.html import Markup, details, el, paragraph, section, table, verbatim
 from certifl.report.results import MODEL, Row
 from certifl.report.summary import Share, accuracy_share, mean_acr, spread
-from certifl.report.wording import RadiusScale, client_list, listed, percent, range_of, tenths
+from certifl.report.wording import RadiusScale, client_list, listed, outward, percent, range_of
 
 NO_DIFFERENCE = "no difference shown"
 NOT_PAIRED = (
@@ -253,7 +253,7 @@ def _client(context: ReportContext, part: compare.ClientComparison) -> dict[str,
 def _share_text(share: Share | None) -> str:
     if share is None:
         return "–"
-    return f"{percent(share.value)} ({tenths(share.low)} to {tenths(share.high)})"
+    return f"{percent(share.value)} ({outward(share.low, share.high)})"
 
 
 def recommendation_section(context: ReportContext) -> Markup:
