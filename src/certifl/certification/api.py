@@ -26,8 +26,8 @@ from certifl.certification.checks import (
     Model,
     check_labels,
     check_perturbation,
-    check_seed,
     checked_blocks,
+    checked_seed,
 )
 from certifl.certification.estimators import least_that, too_few_votes
 from certifl.certification.metadata import asked_conditions
@@ -127,7 +127,7 @@ def certify(
     Source: Cohen et al. 2019, algorithm CERTIFY; Alfarra et al. 2022, Corollary 1.
     """
     check_perturbation(perturbation)
-    check_seed(seed)
+    seed = checked_seed(seed)
     unit = perturbation.unit
     amounts = None if radii is None else parse_amounts(radii, unit)
     farthest = None if reach is None else parse_amount(reach, unit, "reach")
@@ -349,7 +349,7 @@ def predict(
         )
         return Predicted(certificates.predicted, certificates.radius)
     check_perturbation(perturbation)
-    check_seed(seed)
+    seed = checked_seed(seed)
     n = Settings("runner-up", n=n, alpha=alpha).n  # the same ranges hold
 
     def decides(votes: int) -> bool:
@@ -421,7 +421,7 @@ class SmoothedClassifier:
         The first call fixes what "auto" is. InputError for settings that certify nothing.
         """
         check_perturbation(perturbation)
-        check_seed(seed)
+        seed = checked_seed(seed)
         choose_precision(precision)
         Settings(estimator, n0, n, alpha).estimator_for(perturbation).check()
         self.model, self.perturbation, self.device = model, perturbation, device

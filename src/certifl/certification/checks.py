@@ -126,10 +126,12 @@ def check_perturbation(perturbation: Any) -> None:
         )
 
 
-def check_seed(seed: Any) -> None:
-    """Refuse a seed that is not a whole number from 0, before it is cut to one (InputError)."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise InputError(f"seed must be a whole number from 0; got {seed!r}.")
+def checked_seed(seed: Any) -> int:
+    """A seed as it is recorded; InputError for what is not a whole number below 2^63."""
+    whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 2**63:
+        raise InputError(f"seed must be a whole number from 0 to 2^63 - 1; got {seed!r:.80}.")
+    return int(seed)
 
 
 def check_exact(images: Tensor, perturbation: Perturbation) -> None:
@@ -193,8 +195,13 @@ def _refuse_blocks_of_labels(labels: Any) -> None:
 
 
 def _tensor(name: str, values: Any) -> Tensor:
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise InputError(f"{name} has masked values, which would be read as if they were known.")
     try:
-        return torch.as_tensor(values)
+        tensor = torch.as_tensor(values)
+        if tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
+            raise TypeError("nested, sparse and without values is none of them")
+        return tensor
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{name} must be a tensor or an array of numbers; got {type(values).__name__} "
@@ -420,6 +427,7 @@ def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
             yield block[0], block[1]
             continue
         if isinstance(given, (int, float, np.number)) or getattr(given, "ndim", 1) == 0:
+            check_images(block)  # what is wrong with images comes first
             raise InputError(
                 "images come in blocks, so labels must, too: a block of labels for each block of "
                 "images, such as labels=y.split([len(x) for x in blocks]) for one tensor y."

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from certifl.certification.counts import CHUNK, Request
-from certifl.certification.network import Network
-from certifl.errors import RandomSourceBroken, first_line
+from certifl.certification.network import BEYOND, Network
+from certifl.errors import ModelError, RandomSourceBroken, first_line
 from certifl.perturbations.base import Perturbation, Sweep, family_sweeps
 from certifl.rng import generator, image_key, vote_generator
 from certifl.smoothing.bounds import Ints
@@ -61,6 +61,7 @@ class VoteCounter:
         self.network = network
         self.perturbation = perturbation
         self.seed = seed
+        self._not_a_number = torch.zeros((), dtype=torch.bool, device=network.device)
         if network.device.type == "cpu":
             keep_freed_memory()
 
@@ -154,7 +155,9 @@ class VoteCounter:
         while True:
             try:
                 with voting(self.network):
-                    return work()
+                    done = work()
+                self._require_numbers()
+                return done
             except (RuntimeError, MemoryError) as error:
                 size = self.network.batch_size
                 if size == 1 or not out_of_memory(error):
@@ -186,7 +189,14 @@ class VoteCounter:
         else:
             chosen = images[rows]
         noisy = self.perturbation.apply(chosen, params)
-        return self.network.call(noisy).argmax(dim=1)
+        logits = self.network.logits(noisy)
+        self._not_a_number |= logits.isnan().any()  # looked at once all votes are cast
+        return logits.argmax(dim=1)
+
+    def _require_numbers(self) -> None:
+        """Refuse votes of logits that are no numbers: `argmax` would take NaN for the largest."""
+        if self._not_a_number:
+            raise ModelError(f"The model answers with NaN on noisy images. {BEYOND}")
 
     def _chunks(self, images: Tensor, requests: Sequence[Request]) -> Iterator[_Chunk]:
         device, shape = self.network.device, _chw(images)
@@ -257,6 +267,8 @@ def predict_plain(network: Network, images: Tensor) -> Ints:
         filled = part[torch.arange(network.batch_size, device=part.device) % len(part)]
         with voting(network):
             logits = network.call(filled)[: len(part)]
+        if bool(logits.isnan().any()):
+            raise ModelError("The model answers with NaN on an image: it has no class for it.")
         answers.append(logits.argmax(dim=1).cpu().numpy())
     return np.concatenate(answers).astype(np.int64)
 
