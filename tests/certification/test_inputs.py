@@ -1,5 +1,7 @@
 """What cannot be certified is refused before the first vote, and the message says what can."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -110,6 +112,34 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     back = certifl.Certificates.load(tmp_path / "c.parquet")
     assert back.same_results(usual)
     assert back.conditions == usual.conditions
+
+
+@contextlib.contextmanager
+def default(setter: Callable[[Any], None], value: Any, usual: Any) -> Iterator[None]:
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(usual)
+
+
+@pytest.mark.parametrize("estimator", ["sequential", "scan"])
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: default(torch.set_default_dtype, torch.float64, torch.float32),
+        lambda: default(torch.set_default_device, "meta", None),
+    ],
+)
+def test_settings_of_the_calling_program_change_nothing(surroundings, estimator):
+    """In autocast a network voted in bfloat16, and the record said float32."""
+    noise = certifl.Rotation(0.3)
+    options = {"noise": noise, "estimator": estimator, "n": 500, "precision": "float32"}
+    usual = certify(X, Y, **options)
+    with surroundings():
+        assert certify(X, Y, **options).same_results(usual)
+        assert certify(TensorDataset(X, Y), **options).same_results(usual)
 
 
 class Preprocessing(nn.Module):

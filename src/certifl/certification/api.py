@@ -31,7 +31,12 @@ from certifl.certification.checks import (
 )
 from certifl.certification.estimators import least_that, too_few_votes
 from certifl.certification.metadata import asked_conditions
-from certifl.certification.network import Network, choose_precision, tf32_state
+from certifl.certification.network import (
+    Network,
+    choose_device,
+    choose_precision,
+    tf32_state,
+)
 from certifl.certification.quantization import calibration_of
 from certifl.certification.sampling import VoteCounter, check_random_source_once
 from certifl.certification.settings import Settings
@@ -475,7 +480,7 @@ class SmoothedClassifier:
     def to(self, device: str | torch.device) -> SmoothedClassifier:
         """Move the model, if it is a module, and vote on another device; returns itself."""
         if isinstance(self.model, nn.Module):
-            self.model.to(device)
+            self.model.to(choose_device(device))
         with _ONE_AT_A_TIME:
             self.device, self._fixed = device, None
         return self

@@ -198,7 +198,8 @@ def _tensor(name: str, values: Any) -> Tensor:
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise InputError(f"{name} has masked values, which would be read as if they were known.")
     try:
-        tensor = torch.as_tensor(values)
+        # A tensor stays where it is; nothing goes to the program's default device.
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
         if tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
             raise TypeError("nested, sparse and without values is none of them")
         return tensor
@@ -243,8 +244,10 @@ def probe_of(images: Tensor) -> Tensor:
 
 
 def _strangers(images: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand((_PROBE, *images.shape[1:]), generator=generator).to(images.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (_PROBE, *images.shape[1:])  # the program's default type and device may be others
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.to(images.device)
 
 
 def writes_into_its_input(network: Model, images: Tensor) -> bool:
@@ -490,7 +493,7 @@ def _stacked(images: Sequence[Any]) -> Tensor:
             "[0, 1], alone or as pairs (image, label). Give it a transform such as ToTensor()."
         )
     try:
-        return torch.stack([torch.as_tensor(image) for image in images])
+        return torch.stack([_tensor("images", image) for image in images])
     except RuntimeError as error:
         raise InputError(f"The images of the data set differ in shape: {error}.") from error
 

@@ -45,6 +45,7 @@ from certifl.torch_env import (
     one_thread,
     out_of_memory,
     threads_in_use,
+    without_autocast,
 )
 
 _log = logging.getLogger(__name__)
@@ -148,7 +149,8 @@ def prepare(
     target = choose_device(device)
     probe = images[:1].to(target, copy=True)  # a copy, for a network may write into it
     small = isinstance(model, nn.Module) and is_small(model)
-    with exact_convolutions(target), one_thread(threads_in_use(small) == 1):
+    threads = one_thread(threads_in_use(small) == 1)
+    with exact_convolutions(target), without_autocast(target), threads:
         if copied is None or not isinstance(model, nn.Module):
             return _as_it_is(model, probe, target, precision, batch_size)
         chosen = choose_precision(precision)
