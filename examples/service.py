@@ -56,8 +56,10 @@ def pixels(image: UploadFile) -> torch.Tensor:
         if opened.size != SIZE or opened.mode != "L":
             raise InputError(f"An image must be 8-bit gray, {SIZE[0]} x {SIZE[1]} pixels.")
         gray = np.asarray(opened, np.float32)
-    except OSError as error:
-        raise InputError(f"{image.filename} is not a PNG file: {error}.") from error
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{image.filename} is not a whole PNG file: {error}.") from error
     return torch.from_numpy(gray / 255)[None, None]
 
 

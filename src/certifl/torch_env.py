@@ -42,6 +42,13 @@ def exact_convolutions(device: torch.device) -> Iterator[None]:
         cudnn.benchmark, cudnn.deterministic = before
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within this context, `torch.autocast` of a calling program rounds nothing."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 # How many threads torch computes with: one for small networks, unless more are asked for.
 #
 # A call of a small network takes a millisecond or less. On a machine with other work, threads that

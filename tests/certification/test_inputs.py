@@ -1,5 +1,7 @@
 """What cannot be certified is refused before the first vote, and the message says what can."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,12 @@ def resampled(level: float) -> Tensor:
         *((images, None, "images must be a tensor") for images in (None, "digits", ["digits"])),
         (X, Y + 7, "0 to 9"),
         (X, list("aboa"), "labels must be a tensor"),
+        (X.to_sparse(), None, "images must be a tensor"),
+        (X.to("meta"), None, "images must be a tensor"),
+        (np.ma.array(X.numpy(), mask=X.numpy() > 0.9), None, "images has masked values"),
+        (X, np.ma.array(Y.numpy(), mask=[0, 0, 0, 1]), "labels has masked values"),
+        (list(X), Y, "images must have four axes"),
+        (["a.png"], Y, "images must be a tensor"),
     ],
 )
 def test_what_cannot_be_used_says_what_can(images, labels, says):
@@ -92,6 +100,86 @@ def test_the_advice_works():
         (X.numpy(), Y.numpy().astype(np.uint8)),
     ):
         assert certify(images, labels).same_results(whole)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    alpha = np.float32(0.25)
+    usual = certify(seed=3, alpha=0.25, batch_size=16)
+    found = certify(
+        seed=np.int64(3), alpha=alpha, batch_size=np.int32(16), n=np.int16(100), n0=np.float64(20)
+    )
+    found.save(tmp_path / "c.parquet")
+    back = certifl.Certificates.load(tmp_path / "c.parquet")
+    assert back.same_results(usual)
+    assert back.conditions == usual.conditions
+
+
+@contextlib.contextmanager
+def default(setter: Callable[[Any], None], value: Any, usual: Any) -> Iterator[None]:
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(usual)
+
+
+@pytest.mark.parametrize("estimator", ["sequential", "scan"])
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: default(torch.set_default_dtype, torch.float64, torch.float32),
+        lambda: default(torch.set_default_device, "meta", None),
+    ],
+)
+def test_settings_of_the_calling_program_change_nothing(surroundings, estimator):
+    """In autocast a network voted in bfloat16, and the record said float32."""
+    noise = certifl.Rotation(0.3)
+    options = {"noise": noise, "estimator": estimator, "n": 500, "precision": "float32"}
+    usual = certify(X, Y, **options)
+    with surroundings():
+        assert certify(X, Y, **options).same_results(usual)
+        assert certify(TensorDataset(X, Y), **options).same_results(usual)
+
+
+class Preprocessing(nn.Module):
+    """A network behind what somebody does with intensities."""
+
+    def __init__(self, steps: Any) -> None:
+        super().__init__()
+        self.net, self.steps = plain(), steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.steps(x))
+
+
+def in_range(x: Tensor) -> Tensor:
+    assert float(x.min()) >= 0, "outside"
+    return x
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        (lambda x: x**2.2, "answers with NaN on noisy images.*clamp"),
+        (lambda x: x.sqrt(), "answers with NaN on noisy images"),
+        (in_range, "fails on noisy images: AssertionError: outside.*clamp"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_a_model_of_intensities_from_0_alone_is_refused(steps, says, precision):
+    """The class that `argmax` finds among NaN would be certified at the largest radius."""
+    model = Preprocessing(steps).eval()
+    for call in (certify, lambda **options: certifl.predict(model, X, NOISE, n=100)):
+        with pytest.raises(ModelError, match=says):
+            call(model=model, precision=precision)
+    assert len(certify(model=Preprocessing(lambda x: steps(x.clamp(0, 1))).eval())) == 4
+
+
+def test_nan_of_a_black_image_is_found_without_pixel_noise():
+    model = Preprocessing(lambda x: x / x.sum((1, 2, 3), keepdim=True)).eval()
+    with pytest.raises(ModelError, match="never divide by 0"):
+        certify(model=model, noise=certifl.Translation(1.0), precision="float32")
 
 
 def test_predict_takes_and_says_the_same():
@@ -136,6 +224,11 @@ def test_perturbations(noise):
         ({"n": 10.5}, "whole number of votes"),
         ({"n": True}, "whole number of votes"),
         ({"alpha": 0.0}, "alpha"),
+        ({"label_aware": "no"}, "label_aware must be True or False"),
+        ({"device": None}, "device None cannot be used"),
+        ({"batch_size": 10**9}, "batch_size must be 'auto' or a whole number from 1 to 1,048,576"),
+        ({"seed": 2**63}, "seed must be a whole number from 0 to"),
+        ({"seed": np.uint64(2**63)}, "seed must be a whole number from 0 to"),
         ({"alpha": 0.7}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
         ({"estimator": "best"}, "top-class, runner-up, sequential"),

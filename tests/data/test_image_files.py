@@ -1,6 +1,7 @@
 """From image files to pixels: color, depth, window, crop and size; what is recorded or refused."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -223,6 +224,44 @@ def test_a_window_maps_deep_gray_images():
     Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(nan, "TIFF")
     with pytest.raises(InputError, match="not numbers"):
         prepared(nan.getvalue(), Preparation(window=(0, 1)))
+
+
+def tiff(values: np.ndarray, photometric: int = 1) -> bytes:
+    """An uncompressed gray TIFF of these intensities, in whatever format they are."""
+    height, width = values.shape
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    data, bits = values.tobytes(), 8 * values.dtype.itemsize
+    entries = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric)]
+    entries += [(273, 8 + 2 + 12 * 10 + 4), (277, 1), (278, height), (279, len(data)), (339, kind)]
+    short = (258, 259, 262, 277, 339)
+    packed = b"".join(
+        struct.pack("<HHIHH", tag, 3, 1, value, 0)
+        if tag in short
+        else struct.pack("<HHII", tag, 4, 1, value)
+        for tag, value in entries
+    )
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + b"\0\0\0\0" + data
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_tiff_in_which_0_is_white_is_read_so(kind):
+    values = np.arange(9 * 12).reshape(9, 12).astype(kind)
+    window = Preparation(window=(0, 255))
+    black = prepared(tiff(values), window)[0]
+    assert np.array_equal(black, values)
+    assert np.array_equal(prepared(tiff(values, photometric=0), window)[0], 255 - values)
+    shallow = values.astype(np.uint8)
+    assert np.array_equal(prepared(tiff(shallow, photometric=0), Preparation())[0], 255 - shallow)
+
+
+def test_signs_in_tiff_are_read_as_they_are():
+    values = np.arange(9 * 12).reshape(9, 12)
+    for shifted in ((values + 2**31).astype(np.uint32), (values - 50).astype(np.int32)):
+        low = int(shifted.min())
+        found = prepared(tiff(shifted), Preparation(window=(low, low + 255)))[0]
+        assert np.array_equal(found, values)
+    with pytest.raises(InputError, match="intensities below 0"):
+        prepared(tiff((values - 50).astype(np.int8)), Preparation())
 
 
 def test_dicom_is_read_in_the_units_of_its_modality():

@@ -229,6 +229,30 @@ def test_links_are_followed_but_not_in_a_circle(tmp_path):
     cannot_load(r"bee/3\.png cannot be read", "bugs", tmp_path)
 
 
+def test_names_that_are_not_text(tmp_path):
+    bugs = folder(tmp_path)
+    picture(bugs / "train/bee" / os.fsdecode(b"\xff.png"), level=200)
+    assert len(load("bugs", tmp_path).train) == 3
+    for split in ("train", "test"):
+        picture(bugs / split / os.fsdecode(b"\xff") / "1.png")
+    cannot_load("The name of the class folder .* is not UTF-8 text", "bugs", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", '{"info": 1}', '{"info": {"features": []}}'])
+def test_metadata_of_the_hub_that_say_nothing_are_passed_over(text, tmp_path):
+    write_set(tmp_path / "bugs")
+    for file in (tmp_path / "bugs").glob("*.parquet"):
+        table = pq.read_table(file).replace_schema_metadata({"huggingface": text})
+        pq.write_table(table, file)
+    assert load("bugs", tmp_path).class_names == ("0", "1", "2")
+
+
+def test_labels_of_another_column_in_the_test_split_are_refused(tmp_path):
+    for split, column in (("train", "fine"), ("test", "coarse")):
+        write_table(tmp_path / f"bugs/{split}.parquet", pixels_for(2, (8, 8)), {column: [0, 1]})
+    cannot_load("'fine' of the training split but in 'coarse' of the test", "bugs", tmp_path)
+
+
 def test_files_of_a_split_in_two_places_are_named(tmp_path):
     write_set(tmp_path / "bugs")
     write_table(tmp_path / "bugs/train/more.parquet", pixels_for(2, (9, 12)), {"label": [0, 1]})

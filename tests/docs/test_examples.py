@@ -3,6 +3,8 @@
 import ast
 import importlib
 import io
+import struct
+import zlib
 
 import nbformat
 import numpy as np
@@ -129,6 +131,13 @@ def png(size: tuple[int, int], mode: str = "L") -> bytes:
     return file.getvalue()
 
 
+def damaged(header: bytes) -> bytes:
+    """A PNG file with this header, for whose chunk alone Pillow raises no OSError."""
+    chunk = b"IHDR" + header
+    checked = struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png((8, 8))[:8] + checked + png((8, 8))[33:]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_service_answers_as_the_classifier_does():
     from fastapi.testclient import TestClient
@@ -140,7 +149,8 @@ def test_the_service_answers_as_the_classifier_does():
     image = np.asarray(Image.open(io.BytesIO(png((8, 8)))), np.float32) / 255
     labels, radii = smoothed.predict(torch.from_numpy(image)[None, None])
     assert answer.json() == {"label": int(labels[0]), "radius": float(radii[0])}
-    for wrong in (b"no image", png((9, 8)), png((8, 8), "RGB")):
+    huge = damaged(struct.pack(">IIBBBBB", 1 << 17, 1 << 17, 8, 0, 0, 0, 0))
+    for wrong in (b"no image", png((9, 8)), png((8, 8), "RGB"), huge, damaged(b"short")):
         refused = client.post("/predict", files={"image": wrong})
         assert refused.status_code == 422
         assert refused.json()["detail"]

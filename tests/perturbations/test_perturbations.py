@@ -188,6 +188,12 @@ def test_exact_noise_is_rounded_gaussian_noise():
     assert stats.chisquare(counts, share * whole.numel()).pvalue > 1e-6
 
 
+def test_exact_noise_that_is_always_rounded_to_0_is_refused():
+    assert PixelNoise(0.001, exact=True).sample(100, (1, 8, 8), rng()).any()
+    with pytest.raises(InputError, match=r"give 0\.001 or more"):
+        PixelNoise(1e-4, exact=True)
+
+
 def test_exact_noise_is_double_precision_noise_rounded():
     drawn = torch.randn((6, *IMAGE), generator=rng(6), dtype=torch.float64) * 0.3
     exact = PixelNoise(0.3, exact=True).sample(6, IMAGE, rng(6))

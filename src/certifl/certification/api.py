@@ -26,12 +26,17 @@ from certifl.certification.checks import (
     Model,
     check_labels,
     check_perturbation,
-    check_seed,
     checked_blocks,
+    checked_seed,
 )
 from certifl.certification.estimators import least_that, too_few_votes
 from certifl.certification.metadata import requested_conditions
-from certifl.certification.network import Network, choose_precision, tf32_state
+from certifl.certification.network import (
+    Network,
+    choose_device,
+    choose_precision,
+    tf32_state,
+)
 from certifl.certification.quantization import calibration_of
 from certifl.certification.sampling import VoteCounter, check_random_source_once
 from certifl.certification.settings import Settings
@@ -127,7 +132,7 @@ def certify(
     Source: Cohen et al. 2019, algorithm CERTIFY; Alfarra et al. 2022, Corollary 1.
     """
     check_perturbation(perturbation)
-    check_seed(seed)
+    seed = checked_seed(seed)
     unit = perturbation.unit
     amounts = None if radii is None else parse_amounts(radii, unit)
     farthest = None if reach is None else parse_amount(reach, unit, "reach")
@@ -349,7 +354,7 @@ def predict(
         )
         return Predicted(certificates.predicted, certificates.radius)
     check_perturbation(perturbation)
-    check_seed(seed)
+    seed = checked_seed(seed)
     n = Settings("runner-up", n=n, alpha=alpha).n  # the same ranges hold
 
     def decides(votes: int) -> bool:
@@ -421,7 +426,7 @@ class SmoothedClassifier:
         The first call fixes what "auto" is. InputError for settings that certify nothing.
         """
         check_perturbation(perturbation)
-        check_seed(seed)
+        seed = checked_seed(seed)
         choose_precision(precision)
         Settings(estimator, n0, n, alpha).estimator_for(perturbation).check()
         self.model, self.perturbation, self.device = model, perturbation, device
@@ -475,7 +480,7 @@ class SmoothedClassifier:
     def to(self, device: str | torch.device) -> SmoothedClassifier:
         """Move the model, if it is a module, and vote on another device; returns itself."""
         if isinstance(self.model, nn.Module):
-            self.model.to(device)
+            self.model.to(choose_device(device))
         with _ONE_AT_A_TIME:
             self.device, self._fixed = device, None
         return self

@@ -187,7 +187,8 @@ def choose_arithmetic(
     plain = prepare(model, images, device, "float32", batch_size)
     if not isinstance(model, nn.Module) or plain.as_it_is:
         return Arithmetic.of(plain)
-    path = _cached(model, images, trial.perturbation, plain.device, batch_size)
+    asked = batch_size if batch_size == "auto" else plain.batch_size  # a plain number
+    path = _cached(model, images, trial.perturbation, plain.device, asked)
     choice = _read(path)
     if choice is None and trial.images >= _FEWEST_IMAGES:
         choice = _cache(path, _measured(model, images, trial, plain, batch_size))
@@ -354,7 +355,7 @@ def seconds_of_call(network: Network, noisy: Tensor) -> float:
 
     with voting(network):
         started = now()
-        network.call(noisy)
+        network.logits(noisy)
         return now() - started
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ class Certificates:
     def _amounts(self, radii: Any) -> Floats:
         """Radii as they are stored; one alone stays one."""
         unit = str(self._metadata().get("unit", "a unit that the file does not name"))
-        if isinstance(radii, (str, float, int)):
+        if isinstance(radii, (str, numbers.Real)):
             return np.asarray(parse_amount(radii, unit, "a radius"), np.float64)
         if isinstance(radii, np.ndarray) and radii.dtype.kind in "fiu":
             return radii.astype(np.float64)

@@ -126,10 +126,12 @@ def check_perturbation(perturbation: Any) -> None:
         )
 
 
-def check_seed(seed: Any) -> None:
-    """Refuse a seed that is not a whole number from 0, before it is cut to one (InputError)."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise InputError(f"seed must be a whole number of at least 0; got {seed!r}.")
+def checked_seed(seed: Any) -> int:
+    """A seed as it is recorded; InputError for what is not a whole number below 2^63."""
+    whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 2**63:
+        raise InputError(f"seed must be a whole number from 0 to 2^63 - 1; got {seed!r:.80}.")
+    return int(seed)
 
 
 def check_exact(images: Tensor, perturbation: Perturbation) -> None:
@@ -193,8 +195,14 @@ def _refuse_blocks_of_labels(labels: Any) -> None:
 
 
 def _tensor(name: str, values: Any) -> Tensor:
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise InputError(f"{name} has masked values, which would be read as if they were known.")
     try:
-        return torch.as_tensor(values)
+        # A tensor stays where it is; nothing goes to the program's default device.
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+        if tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided:
+            raise TypeError("nested, sparse and without values is none of them")
+        return tensor
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{name} must be a tensor or an array of numbers; got {type(values).__name__} "
@@ -236,8 +244,10 @@ def probe_of(images: Tensor) -> Tensor:
 
 
 def _strangers(images: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand((_PROBE, *images.shape[1:]), generator=generator).to(images.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (_PROBE, *images.shape[1:])  # the program's default type and device may be others
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.to(images.device)
 
 
 def writes_into_its_input(network: Model, images: Tensor) -> bool:
@@ -420,6 +430,7 @@ def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
             yield block[0], block[1]
             continue
         if isinstance(given, (int, float, np.number)) or getattr(given, "ndim", 1) == 0:
+            check_images(block)  # what is wrong with images comes first
             raise InputError(
                 "images come in blocks, so labels must, too: a block of labels for each block of "
                 "images, such as labels=y.split([len(x) for x in blocks]) for one tensor y."
@@ -482,7 +493,7 @@ def _stacked(images: Sequence[Any]) -> Tensor:
             "[0, 1], alone or as pairs (image, label). Give it a transform such as ToTensor()."
         )
     try:
-        return torch.stack([torch.as_tensor(image) for image in images])
+        return torch.stack([_tensor("images", image) for image in images])
     except RuntimeError as error:
         raise InputError(f"The images of the data set differ in shape: {error}.") from error
 

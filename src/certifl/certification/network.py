@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -38,7 +39,14 @@ from certifl.module_copies import (
     to_format,
     unwrapped,
 )
-from certifl.torch_env import exact_convolutions, is_small, one_thread, threads_in_use
+from certifl.torch_env import (
+    exact_convolutions,
+    is_small,
+    one_thread,
+    out_of_memory,
+    threads_in_use,
+    without_autocast,
+)
 
 _log = logging.getLogger(__name__)
 # Of images and weights as they enter; int8 has 8 bits inside, see `quantization`.
@@ -50,6 +58,12 @@ _DEVICES = ("cpu", "cuda", "xpu", "mps")
 _CPU_ACTIVATION_BYTES = 4 << 20
 _GPU_MEMORY_SHARE = 0.02
 _SMALLEST_BATCH = 16
+_MOST_IMAGES = 1 << 20  # a batch is filled up, whatever the number of votes
+BEYOND = (
+    "Such images may lie outside [0, 1] or be black, where roots, powers, logarithms and "
+    "quotients may have no value: let the model begin with images.clamp(0, 1) and never divide "
+    "by 0."
+)
 _UNSEEN = 16  # how many times larger than its input that activation is guessed to be
 _LARGEST_BATCH = {"cpu": 512, "cuda": 8192}
 
@@ -87,6 +101,18 @@ class Network:
         """The threads that its votes are cast with."""
         return 1 if self.one_thread else threads_in_use(self.small)
 
+    def logits(self, noisy: Tensor) -> Tensor:
+        """Of a batch of noisy images; ModelError where the model fails on them."""
+        try:
+            return self.call(noisy)
+        except Exception as error:  # the model's own code: anything may be raised
+            if out_of_memory(error):
+                raise
+            raise ModelError(
+                f"The model fails on noisy images: {type(error).__name__}: {first_line(error)}. "
+                f"{BEYOND}"
+            ) from error
+
 
 def prepare(
     model: Model,
@@ -123,7 +149,8 @@ def prepare(
     target = choose_device(device)
     probe = images[:1].to(target, copy=True)  # a copy, for a network may write into it
     small = isinstance(model, nn.Module) and is_small(model)
-    with exact_convolutions(target), one_thread(threads_in_use(small) == 1):
+    threads = one_thread(threads_in_use(small) == 1)
+    with exact_convolutions(target), without_autocast(target), threads:
         if copied is None or not isinstance(model, nn.Module):
             return _as_it_is(model, probe, target, precision, batch_size)
         chosen = choose_precision(precision)
@@ -300,7 +327,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         first = first_line(error)
         raise InputError(
             f"device {device!r} cannot be used here: {first}. Choose another, or auto; `certifl "
@@ -331,11 +358,13 @@ def computes_bfloat16(device: torch.device) -> bool:
 def _batch(batch_size: int | str, device: torch.device, per_image: int) -> int:
     """Noisy images per call; `per_image` bytes has the largest activation of one."""
     if batch_size != "auto":
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        whole = isinstance(batch_size, (int, np.integer)) and not isinstance(batch_size, bool)
+        if not whole or not 1 <= batch_size <= _MOST_IMAGES:
             raise InputError(
-                f"batch_size must be 'auto' or a positive number; got {batch_size!r}."
+                f"batch_size must be 'auto' or a whole number from 1 to {_MOST_IMAGES:,}; got "
+                f"{batch_size!r:.80}."
             )
-        return batch_size
+        return int(batch_size)
     budget = _CPU_ACTIVATION_BYTES
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory

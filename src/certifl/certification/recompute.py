@@ -18,7 +18,7 @@ from certifl.certification.counts import Votes
 from certifl.certification.estimators import Estimator, Metadata, RecordedNoise
 from certifl.certification.metadata import differs
 from certifl.certification.quantization import fingerprint_problems
-from certifl.certification.settings import ESTIMATORS, Settings
+from certifl.certification.settings import ESTIMATORS, MOST_VOTES, Settings
 from certifl.errors import InputError
 from certifl.perturbations import PERTURBATIONS, Perturbation, from_record
 from certifl.smoothing.laws import LAWS, UNIFORM
@@ -168,7 +168,9 @@ def _settings_problem(metadata: Mapping[str, Any], estimator: Estimator) -> str 
 def _described(metadata: Mapping[str, Any]) -> tuple[Perturbation | None, tuple[str, ...]]:
     """The perturbation of the description, and entries that do not agree with it."""
     described = metadata.get("description")
-    if metadata.get("family") not in PERTURBATIONS or described is None:
+    if metadata.get("family") in PERTURBATIONS and described is None:
+        return None, ("it has no description of its perturbation",)
+    if metadata.get("family") not in PERTURBATIONS:
         law = LAWS[metadata["law"]]
         wrong = metadata.get("norm", law.norm) != law.norm
         problem = (
@@ -281,7 +283,7 @@ def unverified(certificates: Certificates) -> tuple[str, ...]:
     parts = certificates.by_perturbation() if len(certificates) else ()
     for record in (read_record(part.conditions) for part in parts):
         if record.perturbation is None:
-            notes.append("unit and threat of a perturbation that certifl does not know")
+            notes.append("law, unit and threat of a perturbation that certifl does not know")
         if "reach" in record.missing:
             notes.append("how far the scan was asked to look (an older record)")
     return tuple(dict.fromkeys(notes))
@@ -353,6 +355,7 @@ def _check_numbers(certificates: Certificates, report: ReportRows) -> np.ndarray
     votes = np.concatenate([certificates.counts, certificates.selection_counts], axis=1)
     faults = {
         "it has negative votes": (votes < 0).any(axis=1),
+        "it has more votes than can be cast": (votes > MOST_VOTES).any(axis=1),  # sums overflow
         "its client or index is negative": (certificates.client < 0) | (certificates.index < 0),
         f"its label is not one of {classes} classes": (label < UNLABELED) | (label >= classes),
     }

@@ -23,12 +23,18 @@ import torch
 from torch import Tensor
 
 from certifl.certification.counts import CHUNK, Request
-from certifl.certification.network import Network
-from certifl.errors import RandomSourceBroken, first_line
+from certifl.certification.network import BEYOND, Network
+from certifl.errors import ModelError, RandomSourceBroken, first_line
 from certifl.perturbations.base import Perturbation, Sweep, family_sweeps
 from certifl.rng import generator, image_key, vote_generator
 from certifl.smoothing.bounds import Ints
-from certifl.torch_env import exact_convolutions, keep_freed_memory, one_thread, out_of_memory
+from certifl.torch_env import (
+    exact_convolutions,
+    keep_freed_memory,
+    one_thread,
+    out_of_memory,
+    without_autocast,
+)
 
 _log = logging.getLogger(__name__)
 _Counted = TypeVar("_Counted")
@@ -41,6 +47,7 @@ def voting(network: Network) -> Iterator[None]:
     """Held to one way of adding up, so that the same votes are cast at every run."""
     with (
         torch.inference_mode(),
+        without_autocast(network.device),
         exact_convolutions(network.device),
         one_thread(network.threads == 1),
     ):
@@ -61,6 +68,7 @@ class VoteCounter:
         self.network = network
         self.perturbation = perturbation
         self.seed = seed
+        self._not_a_number = torch.zeros((), dtype=torch.bool, device=network.device)
         if network.device.type == "cpu":
             keep_freed_memory()
 
@@ -137,7 +145,7 @@ class VoteCounter:
 
         def summed() -> Tensor:
             shape = self.perturbation.params_shape(_chw(images))
-            disagreeing = torch.zeros((len(expected), *shape), device=self.network.device)
+            disagreeing = images.new_zeros((len(expected), *shape))
             drawn, count = torch.zeros_like(disagreeing), disagreeing.new_zeros((len(expected), 2))
             for slot, params, voted in self._cast(images, requests, center):
                 other = (voted != expected[slot]).to(params.dtype)
@@ -154,7 +162,9 @@ class VoteCounter:
         while True:
             try:
                 with voting(self.network):
-                    return work()
+                    done = work()
+                self._require_numbers()
+                return done
             except (RuntimeError, MemoryError) as error:
                 size = self.network.batch_size
                 if size == 1 or not out_of_memory(error):
@@ -186,7 +196,14 @@ class VoteCounter:
         else:
             chosen = images[rows]
         noisy = self.perturbation.apply(chosen, params)
-        return self.network.call(noisy).argmax(dim=1)
+        logits = self.network.logits(noisy)
+        self._not_a_number |= logits.isnan().any()  # looked at once all votes are cast
+        return logits.argmax(dim=1)
+
+    def _require_numbers(self) -> None:
+        """Refuse votes of logits that are no numbers: `argmax` would take NaN for the largest."""
+        if self._not_a_number:
+            raise ModelError(f"The model answers with NaN on noisy images. {BEYOND}")
 
     def _chunks(self, images: Tensor, requests: Sequence[Request]) -> Iterator[_Chunk]:
         device, shape = self.network.device, _chw(images)
@@ -257,6 +274,8 @@ def predict_plain(network: Network, images: Tensor) -> Ints:
         filled = part[torch.arange(network.batch_size, device=part.device) % len(part)]
         with voting(network):
             logits = network.call(filled)[: len(part)]
+        if bool(logits.isnan().any()):
+            raise ModelError("The model answers with NaN on an image: it has no class for it.")
         answers.append(logits.argmax(dim=1).cpu().numpy())
     return np.concatenate(answers).astype(np.int64)
 
@@ -339,16 +358,17 @@ def _deltas(
         line = (other - image).cpu().double()
         ends = float(line.norm())
     elif sweep.axis is not None:
-        line = torch.zeros(math.prod(shape), dtype=torch.float64)
+        line = torch.zeros(math.prod(shape), dtype=torch.float64, device="cpu")
         line[sweep.axis], ends = 1.0, sweep.reach
     else:
         stream = generator(seed, "explore", image_key(image), sweep.name)
-        line, ends = torch.randn(shape, generator=stream, dtype=torch.float64), sweep.reach
+        line = torch.randn(shape, generator=stream, dtype=torch.float64, device="cpu")
+        ends = sweep.reach
     line = line.reshape(shape) / line.norm().clamp(min=1e-12)
     half = steps // 2
     numbers = np.arange(steps) / (steps - 1) if not sweep.backward else np.arange(-half, half + 1)
     values = numbers * (ends if not sweep.backward else ends / half)
-    deltas = (torch.as_tensor(values).reshape(-1, *(1 for _ in shape)) * line).float()
+    deltas = (torch.from_numpy(values).reshape(-1, *(1 for _ in shape)) * line).float()
     if getattr(perturbation, "exact", False):
         deltas = (deltas * _LEVELS).trunc() / _LEVELS  # noise on the grid of 8-bit intensities
     return values, deltas.to(image.device)

@@ -286,7 +286,12 @@ def parameters(scan: Scan, seed: int, key: int, start: int, stop: int) -> Tensor
     """
     first = start // CHUNK
     chunks = [
-        torch.rand(CHUNK, dtype=torch.float64, generator=vote_generator(seed, "scan", key, chunk))
+        torch.rand(
+            CHUNK,
+            dtype=torch.float64,
+            device="cpu",
+            generator=vote_generator(seed, "scan", key, chunk),
+        )
         for chunk in range(first, -(-stop // CHUNK))
     ]
     drawn = torch.cat(chunks).numpy()[start - first * CHUNK : stop - first * CHUNK]

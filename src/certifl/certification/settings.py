@@ -120,11 +120,14 @@ class Settings:
             raise InputError(f"estimator must be one of {known}; got {self.estimator!r}.")
         for name in ("n0", "n"):
             object.__setattr__(self, name, _checked_votes(name, getattr(self, name)))
-        if not (isinstance(self.alpha, float) and 0.0 < self.alpha < 0.5):
+        if not (isinstance(self.alpha, (float, np.floating)) and 0.0 < self.alpha < 0.5):
             raise InputError(
                 f"alpha is the probability of a wrong certificate and must lie between 0 and 0.5; "
                 f"got {self.alpha!r}."
             )
+        object.__setattr__(self, "alpha", float(self.alpha))
+        if not isinstance(self.label_aware, bool):
+            raise InputError(f"label_aware must be True or False; got {self.label_aware!r:.80}.")
         if self.radii is not None:
             object.__setattr__(self, "radii", _checked_radii(self.radii))
         self._check_sequential_votes()

@@ -185,7 +185,8 @@ def cache_key(files: Iterable[Path], *choices: str | None) -> str:
     digest = hashlib.sha256(json.dumps([_DECODING_RULES, *choices]).encode())
     for file in files:
         status = file.stat()
-        digest.update(f"\n{file.absolute()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+        digest.update(b"\n" + os.fsencode(file.absolute()))
+        digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 

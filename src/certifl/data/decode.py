@@ -52,7 +52,8 @@ _FORMATS = tuple(name for name in _ENDINGS if name != "DICOM")  # those that Pil
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_STORAGE = re.compile(r";(1[0-9]|32|64)[A-Z]+$")
 """How Pillow names more than 8 bits per channel: RGB;16B, but not BGR;16, which is 5 + 6 + 5."""
-_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = 258, 262, 277, 339  # of TIFF
+_WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2  # values of these tags
 _DAMAGED = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
@@ -206,9 +207,9 @@ def _open(
             lost = _would_lose(image, prepare.window is not None)
         if not lost:
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode in _DEEP_MODES:
-                image = Image.fromarray(prepare.windowed(np.asarray(image)))
+            upright = ImageOps.exif_transpose(image)
+            deep = image.mode in _DEEP_MODES
+            image = _windowed(np.asarray(upright), image, prepare) if deep else upright
     except _DAMAGED as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its text shows a memory address
         reason = "it is not an image in a supported format" if unknown else str(error)
@@ -228,6 +229,19 @@ def _open(
         ) from error
     image.info.update(notes)
     return image
+
+
+def _windowed(values: np.ndarray, opened: Image.Image, prepare: Preparation) -> Image.Image:
+    """Gray intensities (h, w) of more than 8 bits as an image of 8, as the opened file means them.
+
+    Of TIFF, Pillow reads 32 bits as if they had a sign, and more than 8 as if 0 were black.
+    """
+    unsigned = _tag(opened, _SAMPLE_FORMAT, (_UNSIGNED,)) == (_UNSIGNED,)
+    if unsigned and _tag(opened, _BITS_PER_SAMPLE, ()) == (32,):
+        values = values.view(np.uint32)
+    gray = prepare.windowed(values)
+    low_is_white = _tag(opened, _PHOTOMETRIC, None) == _WHITE_IS_ZERO
+    return Image.fromarray(255 - gray if low_is_white else gray)
 
 
 def _of_dicom(content: bytes, most: int, prepare: Preparation) -> tuple[Image.Image, str]:
@@ -286,6 +300,10 @@ def _would_lose(image: Image.Image, windowed: bool = False) -> str:
     if depth and not (windowed and image.mode in _DEEP_MODES):
         way = _GIVE_WINDOW if image.mode in _DEEP_MODES else "Convert the images to 8 bits first."
         return f"has more than 8 bits per channel ({depth}), which has no unique conversion. {way}"
+    if not depth and _SIGNED in _tag(image, _SAMPLE_FORMAT, ()):
+        return (
+            "has intensities below 0, which would be read as bright ones. Add 128 to all of them."
+        )
     if image.format != "MPO" and getattr(image, "is_animated", False):
         return (
             "holds several frames or pages, and nothing says which of them is the image. Save the "

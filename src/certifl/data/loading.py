@@ -344,6 +344,12 @@ def _classes(
     name: str, train: RawSplit, test: RawSplit
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
     """Labels of both splits as 0..K-1, and the K names."""
+    if train.label_column != test.label_column:
+        raise InputError(
+            f"The labels of {name} are in the column {train.label_column!r} of the training split "
+            f"but in {test.label_column!r} of the test split. If both mean the same, give the "
+            "columns one name."
+        )
     if train.class_names != test.class_names:
         raise InputError(
             f"The two splits of {name} name their classes differently"

@@ -180,6 +180,7 @@ def class_images(split: Path, may_be_empty: bool) -> tuple[Path, ...]:
                     f"{split}/CLASS/, or out of {split}."
                 )
             continue
+        _require_text(entry)
         images = [file for file in _files(entry, ()) if _is_image(file, texts)]
         if not images and not may_be_empty:
             raise InputError(
@@ -195,6 +196,16 @@ def class_images(split: Path, may_be_empty: bool) -> tuple[Path, ...]:
         more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
         _log.warning("Text files beside images are passed over: %s%s.", texts[0], more)
     return tuple(found)
+
+
+def _require_text(entry: Path) -> None:
+    """Refuse a class whose name cannot be written into a record."""
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The name of the class folder {entry} is not UTF-8 text. Rename the folder."
+        ) from error
 
 
 def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
@@ -271,12 +282,14 @@ class RawSplit:
         labels: (n,), integers, or texts where the files hold the names of classes.
         class_names: names of the classes 0..K-1, or None where the files do not say them.
         column: (n,), integers or strings of the column that was to be kept; None without one.
+        label_column: name of the column with the labels; None where there is no table.
     """
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...] | None = None
     column: np.ndarray | None = None
+    label_column: str | None = None
 
 
 def read_parquet(files: tuple[Path, ...], columns: ReadOptions) -> RawSplit:

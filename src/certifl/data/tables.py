@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from certifl.data.decode import NamedImage, decode_all
 from certifl.data.preparation import Preparation
 from certifl.data.readers import RawSplit, ReadOptions
 from certifl.errors import InputError
-from certifl.safe_io import open_parquet
+from certifl.safe_io import open_parquet, parse_json
 
 _BATCH = 2048
 
@@ -38,7 +37,8 @@ def read_rows(rows: TableRows, chosen: Chosen, prepare: Preparation) -> RawSplit
     kept_parts: list[np.ndarray] = []
     images = decode_all(_images(rows, chosen, labels, kept_parts), prepare)
     column = _joined(kept_parts, chosen.keep_column or "") if kept_parts else None
-    return RawSplit(images, _joined(labels, chosen.label), chosen.class_names, column)
+    numbers = _joined(labels, chosen.label)
+    return RawSplit(images, numbers, chosen.class_names, column, chosen.label)
 
 
 def _joined(parts: list[np.ndarray], name: str) -> np.ndarray:
@@ -234,7 +234,7 @@ def features_of(schema: pa.Schema) -> Features:
     """The feature metadata that the hub writes into a parquet file; empty if there is none."""
     text = (schema.metadata or {}).get(b"huggingface")
     try:
-        features = json.loads(text)["info"]["features"] if text else {}
+        features = parse_json(text)["info"]["features"] if text else {}
     except (ValueError, KeyError, TypeError):
         return {}
     usable = features if isinstance(features, dict) else {}

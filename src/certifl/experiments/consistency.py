@@ -152,9 +152,7 @@ def _metadata_problems(
 
 def clients_problems(certificates: Certificates, certifying: Sequence[int]) -> list[str]:
     """Certificates are those of the clients that certify something, once for each image."""
-    problems = []
-    if _twice(certificates):
-        problems.append("an image is certified twice for one client")
+    problems = twice_problems(certificates)
     there = set(certificates.client.tolist())
     if set(certifying) - there:
         problems.append("some clients have no certificates")
@@ -171,6 +169,11 @@ def plain_problems(predictions: Predictions, plain: Sequence[int]) -> list[str]:
     if _twice(predictions):
         problems.append("an image is predicted twice for one client")
     return problems
+
+
+def twice_problems(certificates: Certificates) -> list[str]:
+    """An image that counts twice in every mean."""
+    return ["an image is certified twice for one client"] if _twice(certificates) else []
 
 
 def _twice(rows: Rows) -> bool:

@@ -90,6 +90,7 @@ def verify_run(
 def _of_file(path: Path) -> Verification:
     certificates = Certificates.load(path)
     problems = _from_votes(certificates)
+    problems += consistency.twice_problems(certificates)
     if path.suffix.lower() == ".parquet":
         problems += consistency.column_problems(path, certificates)
     if problems:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LEVELS = 255.0
+_LEAST_EXACT = 0.25 / _LEVELS
 _LARGEST_USUAL = 2.0
 
 
@@ -71,6 +72,12 @@ class PixelNoise:
         )
         warn_beyond(given, self.sigma, _LARGEST_USUAL, self.unit, meaning)
         object.__setattr__(self, "exact", bool(self.exact))
+        if self.exact and self.sigma < _LEAST_EXACT:
+            raise InputError(
+                f"sigma = {given!r} is below a quarter of one of the 255 steps of 8 bits, so "
+                f"almost all noise would be rounded to 0: give {_LEAST_EXACT:.1g} or more, or "
+                "exact = false."
+            )
 
     @property
     def norm(self) -> str:
