@@ -36,7 +36,6 @@ from certifl.federated.privacy import (
     Release,
     composed,
     conflict,
-    finetuning_epochs,
     released_epsilon,
     released_steps,
     sends_nothing,
@@ -319,7 +318,7 @@ def open_budget(
         batches=batches,
         rounds=ledger.rounds,
         steps=ledger.planned[client],
-        finetuning=finetuning_epochs(spec.algorithm) * batches,
+        finetuning=ledger.finetuning * batches,
         sends=not sends_nothing(spec.algorithm),
         shares=settings.share != "none",
     )
