@@ -158,6 +158,7 @@ def test_every_key_of_a_spec_has_a_documented_decision():
         ("model.options={width=30000}", "GiB"),
         ("model.options={width=1000000000}", "network"),
         (f"certification.radii={[i / 1000 for i in range(300)]}", "certification.radii"),
+        ("training.crop=8", "training.crop"),
     ],
 )
 def test_a_study_that_asks_for_too_much_is_refused(setting, word, tmp_path):
@@ -433,6 +434,36 @@ def test_faults_are_logged_and_nothing_leaves_unlogged(tmp_path):
     reply = respond(Message(request, 1, "query.join"), client)
     assert reply.has_error()
     assert reply.error.reason == "its disk failed it"
+
+
+def test_a_disk_that_fills_up_within_a_line_of_the_log_stops_the_message(tmp_path):
+    import resource
+
+    from certifl.deploy.client.state import SentLog
+    from certifl.errors import StoreError
+
+    log = SentLog(tmp_path)
+    log.note_error("one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="Nothing is sent"):
+            log.note_error("two")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.note_error("three")
+    lines = list(sent_lines(tmp_path))
+    assert ["damaged" in line for line in lines if "says" not in line] == [False, True, False]
+
+
+def test_a_log_of_hostile_content_is_shown_without_harm(tmp_path):
+    (tmp_path / SENT).write_text("[" * 100_000 + "\n" + "9" * 10_000 + '\n"\x1b[2J"\n')
+    assert [line[:6] for line in sent_lines(tmp_path)] == ["line 1", "line 2", "line 3"]
+    entry = {"time": "\x1b[2J", "kind": "join", "study": "", "round": None, "bytes": 1}
+    (tmp_path / SENT).write_text(json.dumps({**entry, "says": ["\x1b[2J"], "parts": {}}) + "\n")
+    shown = cli("deploy", "log", tmp_path)
+    shown.fine("says")
+    assert "\x1b" not in shown.out
 
 
 def test_a_clients_files_are_private(tmp_path):

@@ -23,7 +23,7 @@ from certifl.certification import Certificates, verify
 from certifl.certification.metadata import AMOUNTS, asked_conditions
 from certifl.certification.settings import PRECISIONS, Settings
 from certifl.deploy.schemas import Curve, MalformedMessage
-from certifl.errors import CertiflError, InputError, one_line
+from certifl.errors import CertiflError, InputError, StoreError, one_line
 from certifl.federated.states import ModelState
 from certifl.perturbations import Perturbation, from_record
 from certifl.safe_io import MALFORMED
@@ -214,7 +214,11 @@ def _rows_from(part: ModelState, most: int | None) -> Certificates:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
         try:
-            path.write_bytes(part["parquet"].numpy().tobytes())
+            content = part["parquet"].numpy().tobytes()
+            try:
+                path.write_bytes(content)
+            except OSError as error:  # this machine's fault, not the client's
+                raise StoreError(f"Cannot write {path}: {error}. Free some space.") from error
             file = pq.ParquetFile(path).metadata
             size = sum(file.row_group(i).total_byte_size for i in range(file.num_row_groups))
             if size > _LARGEST_ROWS or (most is not None and file.num_rows > most):
@@ -222,7 +226,7 @@ def _rows_from(part: ModelState, most: int | None) -> Certificates:
                     f"it sent {file.num_rows} rows of {size} bytes, which are impossible"
                 )
             return Certificates.load(path)
-        except MalformedMessage:
+        except (MalformedMessage, StoreError):
             raise
         except (MemoryError, OSError, RuntimeError, *MALFORMED) as error:
             raise MalformedMessage(f"its rows are not certificates ({error})") from error

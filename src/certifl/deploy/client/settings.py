@@ -289,10 +289,10 @@ class Decision:
     why: str
 
 
-_TRAINS = Decision("done", "how it trains; it costs only time")
+_TRAINS = Decision("done", "how it trains; it costs only time and memory")
 _SERVER = Decision("server", "the server's part of a round")
 _NOISE = Decision("done", "counted by the client's own ledger; see privacy.md")
-_VOTES = Decision("done", "how it certifies; it costs only time")
+_VOTES = Decision("done", "how it certifies; it costs only time and memory")
 
 DECISIONS: dict[str, Decision] = {
     "name": Decision("done", "shown to people, without control characters"),
@@ -327,7 +327,7 @@ DECISIONS: dict[str, Decision] = {
     "training.decay_factor": _TRAINS,
     "training.momentum_between_rounds": _TRAINS,
     "training.flip": _TRAINS,
-    "training.crop": _TRAINS,
+    "training.crop": Decision("done", "less than the images have"),
     "training.precision": _TRAINS,
     "training.memory_format": _TRAINS,
     "aggregation.rule": _SERVER,
