@@ -4,8 +4,8 @@
     python docs/results/figures.py STUDY [--commit HASH] [--into FOLDER]
 
 Every word and number of the pages comes from the folder: equal studies give equal pages. Figures
-of which runs are missing are listed as not computed yet; their older pages stay. `--commit` names
-the code that computed a study; published runs say it themselves.
+of which runs are missing are listed as not computed yet. `--commit` names the code that computed a
+study; published runs say it themselves.
 """
 
 from __future__ import annotations
@@ -81,14 +81,11 @@ class Missing:
     runs: int
     done: int
 
-    def row(self, into: Path) -> list[str]:
-        """Its row among the figures; an older page of it is named by its own heading."""
-        page, words = into / f"{self.name}.md", ""
-        if page.is_file():
-            heading = page.read_text().partition("\n")[0].removeprefix("# ")
-            words = f"; computed before: [{heading.partition(':')[0]}]({page.name})"
+    @property
+    def row(self) -> list[str]:
+        """Its row among the figures."""
         number = self.name.removeprefix("figure")
-        here = f"not computed yet ({self.done} of {self.runs} runs){words}"
+        here = f"not computed yet ({self.done} of {self.runs} runs)"
         return [f"Figure {number}: {self.title}", here, *[""] * 4]
 
 
@@ -170,14 +167,13 @@ def index_page(
     missing: list[Missing],
     report: Report,
     study: Path,
-    into: Path,
     commit: str,
 ) -> str:
     """The page of the whole study."""
     runs = [mark.parent for mark in study.glob("runs/*/run.json") if finished(mark.parent)]
     pages = {shown.name: f"{shown.name}.md" for shown in figures}
     rows = [[f"[{shown.heading}]({shown.name}.md)", *_cost_cells(shown.cost)] for shown in figures]
-    rows += [one.row(into) for one in missing]
+    rows += [one.row for one in missing]
     rows.append(["all runs, each once", *_cost_cells(cost_of(runs))])
     machines = dict.fromkeys(machine_words(manifest(run)) for run in runs)
     commands = dict.fromkeys(command_words(shown.index["command"]) for shown in figures)
@@ -231,7 +227,7 @@ def write_pages(study: Path, into: Path, commit: str) -> list[Path]:
         code = commits_of(study, shown.runs, commit)
         written[f"{shown.name}.md"] = page(shown, report, code)
     written["paper.md"] = paper_page(report, [one.name for one in missing])
-    written["README.md"] = index_page(figures, missing, report, study, into, commit)
+    written["README.md"] = index_page(figures, missing, report, study, commit)
     pairs, mixtures = regime.pairs(study), mixture.panels(study)
     if len(pairs) > 2:
         written["regime.md"] = regime.page(pairs)

@@ -1,20 +1,21 @@
 """Plan the power of a scale: how wide the intervals of the paper's claims will be.
 
-    python docs/results/power.py [--scale overnight] [--pages docs/results]
+    python docs/results/power.py [--scale overnight]
 
-Reads the intervals of every comparison on result pages that are there already (those of a smaller
-scale: the pilot), and says how wide they will be with the images of another scale: the width goes
-with one over the root of the number of images, and the images of every client count alike. Only
-widths are read, no effect and no verdict. A network that certifies more images has other scatter
-between images, so a width may come out 1.3 times wider or narrower.
+`pilot_intervals.csv` lists the half width of the interval of every judged comparison at a smaller
+scale (the pilot: all figures at scale laptop, by version 0.1.0), and no effect or verdict.
+The script prints how wide they will be with the images of another scale: the width goes with one
+over the root of the number of images, and the images of every client count alike. A network that
+certifies more images has other scatter between images, so a width may come out 1.3 times wider or
+narrower.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +24,9 @@ from certifl.paper.claims.catalogue import Claim
 from certifl.paper.claims.rules import MARGIN, Equivalence, MinimumEffect
 from certifl.paper.scales import SCALES, Scale
 from certifl.report.wording import markdown_table
-from certifl.safe_io import read_text
 
-HERE = Path(__file__).resolve().parent
+PILOT = Path(__file__).resolve().parent / "pilot_intervals.csv"
 _TEST_IMAGES = 10_000
-_ENDS = re.compile(r"^([+-]\d+\.\d) to ([+-]\d+\.\d)$")
 
 
 @dataclass(frozen=True)
@@ -60,39 +59,24 @@ def planned_images(scale: Scale, setting: str) -> int:
     return total
 
 
-def widths(pages: Path, claim: str, scale: Scale) -> dict[str, Width]:
-    """The judged comparisons of a claim on all pages, by setting and difference."""
-    found: dict[str, Width] = {}
-    for page in sorted(pages.glob("figure*.md")):
-        for cells in _rows(read_text(page), claim):
-            setting, difference, of, _, ends, images, verdict = cells
-            interval = _ENDS.match(ends)
-            if interval is None or verdict.startswith("reported"):
-                continue
-            low, high = map(float, interval.groups())
-            planned = planned_images(scale, setting)
-            width = Width((high - low) / 2, int(images.replace(",", "")), planned)
-            if planned:
-                found.setdefault(f"{setting}; {difference}; {of}", width)
-    return found
+def widths(pilot: Path, claim: str, scale: Scale) -> list[Width]:
+    """The judged comparisons of a claim that the scale has images for."""
+    with pilot.open(newline="") as source:
+        rows = [row for row in csv.DictReader(source) if row["claim"] == claim]
+    found = [
+        Width(float(row["half"]), int(row["images"]), planned_images(scale, row["setting"]))
+        for row in rows
+    ]
+    return [width for width in found if width.planned]
 
 
-def _rows(page: str, claim: str) -> Iterator[list[str]]:
-    """The rows of a claim's table of comparisons."""
-    _, heading, rest = page.partition(f"### {claim}\n\n")
-    for line in rest.partition("\n\n")[0].splitlines()[2:] if heading else ():
-        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
-        if len(cells) == 7:
-            yield cells
-
-
-def row(claim: Claim, found: dict[str, Width]) -> list[str]:
+def row(claim: Claim, found: list[Width]) -> list[str]:
     """A claim's row: what its widest and its median comparison will be."""
     if not found:
         return [claim.name, "0", "", "", "", "no pilot has an interval"]
-    halves = sorted(width.expected for width in found.values())
-    now = sorted(width.half for width in found.values())
-    images = sorted(width.planned for width in found.values())
+    halves = sorted(width.expected for width in found)
+    now = sorted(width.half for width in found)
+    images = sorted(width.planned for width in found)
     return [
         claim.name,
         str(len(found)),
@@ -122,11 +106,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--scale", default="overnight", choices=SCALES)
-    parser.add_argument("--pages", type=Path, default=HERE)
     options = parser.parse_args()
     head = ("claim", "comparisons", "pilot", "images", "planned interval", "decided if estimated")
     scale = SCALES[options.scale]
-    print(markdown_table(head, [row(c, widths(options.pages, c.name, scale)) for c in CLAIMS]))
+    print(markdown_table(head, [row(c, widths(PILOT, c.name, scale)) for c in CLAIMS]))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ CONNECTION = "connection.toml"
 CLIENT_STUDY = "study.json"
 """Marks the folder of a study on a client's own machine."""
 _MARK = "run.json"
+REPORT_ENDINGS, CLAIMS_ENDINGS = (".html", ".htm"), (".json", ".md")
 _UNQUOTED = re.compile(
     r"[=,\[]\s*(?P<amount>[+-]?[\d.][\d.eE+-]*[ \t]*(?:\*?[ \t]*(?:pi|π)|deg|°))"
 )
@@ -62,10 +63,16 @@ def check_file(path: Path, what: str) -> None:
 
 def check_certificate_file(out: Path, overwrite: bool) -> None:
     """Refuse a file that certificates cannot be written to (InputError, StoreMismatch)."""
-    if out.suffix not in (".parquet", ".tsv") or out.is_dir():
-        raise InputError(f"--out must be a file .parquet or .tsv; got {str(out)!r}.")
+    check_ending(out, "A table of certificates", ".parquet", ".tsv")
     if out.exists() and not overwrite:
         raise StoreMismatch(f"{out} exists already; give --overwrite to replace it.")
+
+
+def check_ending(path: Path, what: str, *endings: str) -> None:
+    """Refuse a file to write that has none of these endings (InputError); `what` it would be."""
+    if path.suffix.lower() not in endings or path.is_dir():
+        known = " or ".join(endings)
+        raise InputError(f"{what} is written to a file {known}; got {str(path)!r}.")
 
 
 def check_data_folder(folder: Path | None, variable: str = "CERTIFL_DATA") -> None:

@@ -38,6 +38,7 @@ WRONG = [
     *(("plan", "missing.toml"), ("report", "folder"), ("merge", "missing.parquet")),
     *(("certify", option, "missing") for option in ("--run", "--weights")),
     ("certify", "--out", "certificates.csv"),
+    *((name, "run", "--out", "page.txt") for name in ("report", "claims")),
     ("predict", "missing.png", "--run", "missing"),
     *(("deploy", name, "missing") for name in ("server", "client", "status", "renew")),
     *(("deploy", name, "missing.toml") for name in ("run", "check")),
@@ -83,7 +84,9 @@ HELP = [("--help",), *((name, "--help") for name in COMMANDS), ("deploy", "run",
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], dict[str, Any]]:
     specs = [("run", "study.toml", "--set", change) for change in VALUES]
     folder, asked = tmp_path_factory.mktemp("place"), [*WRONG, *USAGE, *HELP, *specs]
-    (folder / "folder").mkdir()
+    for name in ("folder", "run"):
+        (folder / name).mkdir()
+    (folder / "run" / "run.json").write_text("{}")
     (folder / "broken.toml").write_text("sigma = 18deg\n")
     (folder / "fine.toml").write_text("[data]\nname = 'digits'\n")
     certification = "perturbation = { family = 'rotation', sigma = '18deg' }"

@@ -211,7 +211,7 @@ def test_durations():
 def test_the_committed_pages_are_whole():
     """Links lead somewhere, pictures are light, and every page says what made it."""
     pages = sorted(RESULTS.glob("*.md"))
-    assert {"README.md", "figure1.md", "algorithms.md"} <= {page.name for page in pages}
+    assert {"README.md", "paper.md", "algorithms.md"} <= {page.name for page in pages}
     for page in pages:
         text = page.read_text()
         assert "Made by `python docs/results/" in text

@@ -72,6 +72,8 @@ def report(
 ) -> None:
     """Write a report on one run, compare several, or report the certificates of one model."""
     _check_reported(runs, name)
+    if out is not None:
+        path_checks.check_ending(out, "A report", *path_checks.REPORT_ENDINGS)
     measures = None if size is None else common.inches(size)
     from certifl.cli import terminal
     from certifl.paper.claims import verdicts_section
@@ -136,6 +138,8 @@ def claims(
     """Test the paper's claims: effect, 95 % interval and verdict of each."""
     for run in runs:
         path_checks.check_study(run)
+    if out is not None:
+        path_checks.check_ending(out, "A table of claims", *path_checks.CLAIMS_ENDINGS)
     from certifl.cli import terminal
     from certifl.paper.claims import check_claims, claim_rows, explanation, write_claims
 

@@ -178,7 +178,7 @@ def _show_table(rows: Sequence[Mapping[str, Any]]) -> None:
         shares = [share["text"].replace(" %", "%") for share in row["accuracy"]]
         acr, spread = number(row["acr_text"]), number(row["spread_text"])
         cells.append([label, acr, interval, *shares, spread])
-    _print_table(("regime", "ACR", "95 %", *radii, "spread"), cells, caption=caption)
+    _print_table(("algorithm", "ACR", "95 %", *radii, "spread"), cells, caption=caption)
 
 
 def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:

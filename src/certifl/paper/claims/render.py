@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from certifl.errors import InputError, StoreError
+from certifl.errors import StoreError
 from certifl.paper.claims import rules
 from certifl.paper.claims.catalogue import ClaimResult, Report, check_runs
 from certifl.paper.claims.designs import Finding
 from certifl.paper.claims.runs import has_own_perturbations, read_run
+from certifl.path_checks import CLAIMS_ENDINGS, check_ending
 from certifl.report.page.html import Markup, details, el, join, note, paragraph, section, table
 from certifl.report.results import Row, flat
 from certifl.report.wording import listed, markdown_table, range_of
@@ -28,11 +29,9 @@ def write_claims(report: Report, path: Path) -> Path:
     Raises:
         InputError: another ending. StoreError: the file cannot be written.
     """
-    ending = path.suffix.lower()
-    if ending not in (".json", ".md"):
-        raise InputError(f"Cannot write claims to {path.name!r}: the ending must be .json or .md.")
+    check_ending(path, "A table of claims", *CLAIMS_ENDINGS)
     text = as_markdown(report)
-    if ending == ".json":
+    if path.suffix.lower() == ".json":
         text = json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(path, text)
     return path

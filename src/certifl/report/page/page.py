@@ -15,7 +15,7 @@ from string import Template
 from typing import Any
 
 from certifl._version import __version__
-from certifl.errors import InputError
+from certifl.path_checks import REPORT_ENDINGS, check_ending
 from certifl.report import summary
 from certifl.report.figures import average_radius_figure, certified_accuracy_figure, write_figures
 from certifl.report.page import background
@@ -120,8 +120,7 @@ def write_report(
         InputError, StoreMismatch, StoreError: as `load_runs`, or a path that cannot be written.
     """
     page = Path(out_path)
-    if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
-        raise InputError(f"A report must be an .html file; got {str(page)!r}.")
+    check_ending(page, "A report", *REPORT_ENDINGS)
     runs = load_runs(run_folders)
     groups = [by_seed(group) for group in by_perturbation(runs)]
     if images is None:
