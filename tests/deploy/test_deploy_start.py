@@ -238,9 +238,6 @@ def test_a_key_folder_is_true_while_no_key_can_be_read(tmp_path):
     assert not KeyFolder(tmp_path / "open" / "server")
 
 
-pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
-
-
 class Told:
     def __init__(self):
         self.now, self.lines = 0.0, []
