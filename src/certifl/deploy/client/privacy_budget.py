@@ -43,6 +43,7 @@ from certifl.federated.privacy import (
 from certifl.runs.atomic import write_text
 from certifl.safe_io import parse_json, read_text
 from certifl.spec import Spec
+from certifl.study.privacy import rounded_up
 
 _log = logging.getLogger(__name__)
 _ROUNDING = 1 + 1e-9
@@ -238,7 +239,9 @@ def _spent(entries: Sequence[Entry], delta: float) -> str:
     releases = [entry.release for entry in entries]
     total = released_epsilon(releases, delta)
     answers = "1 answer" if len(releases) == 1 else f"{len(releases)} answers"
-    return f"ε = {total:.4g} at δ = {delta:g} ({_steps(releases)} private steps in {answers})"
+    return (
+        f"ε = {rounded_up(total)} at δ = {delta:g} ({_steps(releases)} private steps in {answers})"
+    )
 
 
 def _steps(releases: Iterable[Release]) -> int:
