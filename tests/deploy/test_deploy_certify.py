@@ -1,6 +1,8 @@
 """Certificates of clients elsewhere: what each lets go, and what the server makes of it."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from flwr.app import Message
 
 from certifl.certification import Certificates
 from certifl.deploy.client.client import Client
+from certifl.deploy.client.curves import CertificateChecks, rows_of
 from certifl.deploy.client.settings import Settings, open_local_data
 from certifl.deploy.messages import from_records, to_records
-from certifl.errors import InputError, StoreMismatch, WorkError
+from certifl.errors import InputError, StoreError, StoreMismatch, WorkError
 from certifl.experiments.run import Options as Here
 from certifl.experiments.run import run
 from certifl.report import summary_rows, write_report
@@ -111,6 +114,48 @@ def test_the_status_of_a_study_while_it_runs_and_after(tmp_path):
     done = cli("deploy", "status", folder.path)
     done.fine(f"Rounds: {rounds} of {rounds}", "Finished.")
     assert "test" not in done.out  # with `share = "none"`, how many images they test is theirs
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"round": "x"}, {"clients": 5}, {"clients": [{}]}, {"seconds": None}, {"left_out": [5]}],
+)
+def test_the_status_of_a_damaged_history_is_an_error(wrong, own, tmp_path):
+    for name in ("spec.toml", "run.json"):
+        (tmp_path / name).write_bytes((own.path / name).read_bytes())
+    history = [{"round": 0, "seconds": 1.0, "clients": [{"client": 0, "loss": 1.0}], **wrong}]
+    with Checkpoints(tmp_path / "checkpoints" / "training").begin(1) as pending:
+        pending.put_server({})
+        pending.commit(identity={}, history=history)
+    cli("deploy", "status", tmp_path).refused("round.json is damaged", code=1)
+
+
+def test_of_rows_the_server_stores_its_own_metadata(own):
+    rows = own.load_certificates().of_client(0)
+    model = rows.conditions["model_fingerprint"]["0"]
+    honest = {**rows.conditions, "model_fingerprint": model}
+    lies = {"threat": "everything", "certified": "all", "device": "\x1b[2J"}
+    lies |= {"versions": {"certifl": "0.0.1"}}  # another version may word the threat otherwise
+    sent = rows_of(dataclasses.replace(rows, conditions={**honest, **lies}))
+    stored = CertificateChecks(STUDY, 0, len(rows), 10).rows(sent, model)
+    assert stored.same_results(rows)
+    assert "\x1b" not in stored.conditions["device"]
+    same = {n: v for n, v in honest.items() if n not in lies}
+    assert {n: v for n, v in stored.conditions.items() if n not in lies} == same
+    assert stored.conditions["threat"] == honest["threat"]
+    assert "certified" not in stored.conditions
+
+
+def test_a_full_disk_of_the_server_is_not_blamed_on_a_client(own, monkeypatch):
+    rows = own.load_certificates().of_client(0)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    sent = rows_of(rows)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StoreError, match="no space left"):
+        CertificateChecks(STUDY, 0, len(rows), 10).rows(sent, "0")
 
 
 def test_share_none_gives_the_server_nothing_and_the_client_everything(tmp_path):

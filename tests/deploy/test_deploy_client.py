@@ -1,6 +1,7 @@
 """What a server may ask of a client, what leaves its machine, what it does with what it keeps."""
 
 import json
+import re
 import stat
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from pydantic import BaseModel
 from test_deploy_certify import parquet
 from test_deploy_rounds import LIGHT, described, in_process
 
+from certifl.deploy.client import settings as limits
 from certifl.deploy.client.client import Client
-from certifl.deploy.client.settings import DECISIONS, Settings
+from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.state import NEVER, SENT, sent_lines
 from certifl.deploy.messages import Content, from_records
 from certifl.federated import deployed_model
@@ -145,11 +147,18 @@ def client_keys(section: type[BaseModel], before: str = "") -> set[str]:
 
 
 def test_every_key_of_a_spec_has_a_documented_decision():
-    assert set(DECISIONS) == client_keys(Spec)
     text = (ROOT / "docs" / "deploy.md").read_text()
-    for key, decision in DECISIONS.items():
-        assert decision.what in ("refused", "unused", "done", "server")
-        assert f"| `{key}` | {decision.what} | {decision.why} |" in text, key
+    rows = re.findall(r"^\| `([\w.]+)` \| (refused|unused|done|server) \| (.*) \|$", text, re.M)
+    decisions = {key: (what, why) for key, what, why in rows}
+    assert len(rows) == len(decisions)
+    assert set(decisions) == client_keys(Spec)
+    assert decisions["model.weights"][0] == "refused"
+    for key, limit in [
+        ("clients.count", f"{limits._MOST_CLIENTS:,}"),
+        ("certification.radii", f"{limits._MOST_RADII}:"),
+        ("model.options", f"{limits._LARGEST_NETWORK >> 30} GiB"),
+    ]:
+        assert limit in decisions[key][1]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +167,7 @@ def test_every_key_of_a_spec_has_a_documented_decision():
         ("model.options={width=30000}", "GiB"),
         ("model.options={width=1000000000}", "network"),
         (f"certification.radii={[i / 1000 for i in range(300)]}", "certification.radii"),
+        ("training.crop=8", "training.crop"),
     ],
 )
 def test_a_study_that_asks_for_too_much_is_refused(setting, word, tmp_path):
@@ -433,6 +443,36 @@ def test_faults_are_logged_and_nothing_leaves_unlogged(tmp_path):
     reply = respond(Message(request, 1, "query.join"), client)
     assert reply.has_error()
     assert reply.error.reason == "its disk failed"
+
+
+def test_a_disk_that_fills_up_within_a_line_of_the_log_stops_the_message(tmp_path):
+    import resource
+
+    from certifl.deploy.client.state import SentLog
+    from certifl.errors import StoreError
+
+    log = SentLog(tmp_path)
+    log.note_error("one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="Nothing is sent"):
+            log.note_error("two")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.note_error("three")
+    lines = list(sent_lines(tmp_path))
+    assert ["damaged" in line for line in lines if "says" not in line] == [False, True, False]
+
+
+def test_a_log_of_hostile_content_is_shown_without_harm(tmp_path):
+    (tmp_path / SENT).write_text("[" * 100_000 + "\n" + "9" * 10_000 + '\n"\x1b[2J"\n')
+    assert [line[:6] for line in sent_lines(tmp_path)] == ["line 1", "line 2", "line 3"]
+    entry = {"time": "\x1b[2J", "kind": "join", "study": "", "round": None, "bytes": 1}
+    (tmp_path / SENT).write_text(json.dumps({**entry, "says": ["\x1b[2J"], "parts": {}}) + "\n")
+    shown = cli("deploy", "log", tmp_path)
+    shown.fine("says")
+    assert "\x1b" not in shown.out
 
 
 def test_a_clients_files_are_private(tmp_path):

@@ -90,6 +90,6 @@ def test_a_client_asked_for_no_certificates_may_share_its_accuracy(own, tmp_path
     registry = SimpleNamespace(study={"own_perturbation": own})
     plain = {"images": 5, "correct": 3}
     certified = Certified.model_validate({"share": "curve", "done": True, "plain": plain})
-    collector = _Collector(folder, study, registry, None, SimpleNamespace())
+    collector = _Collector(folder, study, registry, None, SimpleNamespace(), {})
     collector._store(1, certified, Content())
     assert '"plain"' in folder.shared(1).read_text()

@@ -148,19 +148,25 @@ def test_arbitrary_bytes_are_refused(content):
 
 
 @pytest.mark.parametrize(
-    "stored",
+    "text",
     [
-        {},
-        {"certifl": ConfigRecord({"json": "no json"})},
-        {"certifl": ConfigRecord({"json": "[]"})},
-        {"certifl": ConfigRecord({"json": '{"format": 99, "parts": [], "facts": {}}'})},
-        {"certifl": ConfigRecord({"json": '{"format": 2, "parts": [], "facts": []}'})},
-        {"certifl": ConfigRecord({"json": '{"format": 2, "parts": ["a"], "facts": {}}'})},
+        *(None, [1, 2], "no json", "[]", "", "null", "[" * 100_000, '"' + "x" * 4_000_000 + '"'),
+        '{"a":' * 50_000 + "1" + "}" * 50_000,
+        '{"format": 99, "parts": [], "facts": {}}',
+        '{"format": 1e400, "parts": [], "facts": {}}',
+        '{"format": 2, "parts": [], "facts": []}',
+        '{"format": 2, "parts": [], "facts": null}',
+        '{"format": 2, "parts": [], "facts": ' + "9" * 100_000 + "}",
+        '{"format": 2, "parts": ["a"], "facts": {}}',
+        '{"format": 2, "parts": [[]], "facts": {}}',
+        '{"format": 2, "parts": ["model", "model"], "facts": {}}',
+        '{"format": 2, "parts": ["%s"], "facts": {}}' % ("m" * 10_000),
     ],
+    ids=lambda text: repr(text)[:40],
 )
-def test_other_messages_are_refused(stored):
+def test_other_messages_are_refused(text):
     with pytest.raises(MalformedMessage):
-        from_records(RecordDict(stored))
+        from_records(RecordDict({} if text is None else {"certifl": ConfigRecord({"json": text})}))
 
 
 @pytest.mark.parametrize("fields", [{}, {"update": 3}, {"update": {"model": True}}])

@@ -14,6 +14,7 @@ from algorithm_cases import CASES
 from certifl.deploy.client.client import Client, Rejected
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.state import ClientStateStore
+from certifl.deploy.messages import from_records, to_records
 from certifl.deploy.server.remote_runner import last_counted
 from certifl.errors import StoreMismatch, TooFewClients, WorkError
 from certifl.federated import ALGORITHMS, ClientData, client_state, deployed_model, describe, train
@@ -29,7 +30,7 @@ from certifl.study.setup import (
     protection,
     training_key,
 )
-from deploy_factory import MemoryGrid, clients_of, coordinated, options
+from deploy_factory import MemoryGrid, carried, clients_of, coordinated, options
 from tiny_federation import assert_same, without_seconds
 from tiny_study import spec
 
@@ -208,23 +209,30 @@ def test_a_client_whose_process_crashed_is_asked_once_more(crashes, tmp_path):
         same_training(study, tmp_path / "own", folder, at)
 
 
-def test_a_late_client_takes_part_from_the_next_round(tmp_path):
+def test_a_late_client_takes_part_with_the_number_of_images_that_it_first_reports(tmp_path):
     study = described("fedavg", "clients.count=3", "training.rounds=3")
     at = clients_of(tmp_path, 3)
     late = at.pop(102)
 
-    def comes(node, request, reply):
+    def comes_and_grows(node, request, reply):
         if request.metadata.group_id == "0":
-            grid.clients[102] = late
-            grid.since[102] = "late"
+            grid.clients[102], grid.since[102] = late, "late"
+        if request.metadata.group_id == "1":
+            grid.since[102] = "again"
+        if node == 102 and grid.since[102] == "again" and not request.metadata.group_id:
+            content = from_records(carried(reply).content)
+            content.fields["joined"]["train_images"] += 1
+            return Message(to_records(content), reply_to=request)
         return reply
 
-    grid = MemoryGrid(at, comes)
+    grid = MemoryGrid(at, comes_and_grows)
     folder = coordinated(study, grid, options(tmp_path / "run", min_clients=2))
     history = Checkpoints(folder.training).history()
     counted = [[row["client"] for row in entry["clients"]] for entry in history]
-    assert counted == [[0, 1], [0, 1, 2], [0, 1, 2]]
+    assert counted == [[0, 1], [0, 1, 2], [0, 1]]
     assert history[0]["left_out"][0]["reason"] == "it is not connected"
+    assert "must not change" in history[2]["left_out"][0]["reason"]
+    assert folder.manifest()["deployment"]["train_images"].keys() == {"0", "1", "2"}
 
 
 def test_too_few_clients_are_reported_and_the_same_call_resumes(tmp_path):

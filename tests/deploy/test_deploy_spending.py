@@ -52,7 +52,7 @@ def spent(folder, delta: float = DELTA) -> str:
 def worth(steps: int, answers: int) -> str:
     plural = "answer" if answers == 1 else "answers"
     loss = epsilon(Z, 1 / STEPS, steps, DELTA)
-    return f"ε = {loss:.4g} at δ = 1e-05 ({steps} private steps in {answers} {plural})"
+    return f"ε = {rounded_up(loss)} at δ = 1e-05 ({steps} private steps in {answers} {plural})"
 
 
 def test_with_an_honest_server_both_ledgers_agree(tmp_path):

@@ -1,5 +1,6 @@
 """With which clients a study starts; a client that is not accepted waits, and says why."""
 
+import contextlib
 import copy
 import os
 import stat
@@ -24,7 +25,7 @@ from certifl.deploy.server.process import (
     local_endpoint,
 )
 from certifl.deploy.server.start import check_clients
-from certifl.errors import RequestError, WorkError
+from certifl.errors import InputError, RequestError, StoreMismatch, WorkError
 from certifl.runs.checkpoints import Checkpoints
 from deploy_factory import coordinated, options
 from deploy_network import free_port
@@ -177,6 +178,37 @@ def test_a_half_copied_key_is_named_once_and_read_again(tmp_path, monkeypatch):
     assert sorted(client_keys(home, said.append)) == [0, 1, 3]
 
 
+def test_a_command_given_twice_does_not_end_the_first(tmp_path, monkeypatch):
+    ended, endpoint = [], Endpoint("127.0.0.1:1", None, b"")
+    monkeypatch.setattr(flower, "_start", lambda _: 7)
+    monkeypatch.setattr(flower, "_end", lambda _, number: ended.append(number))
+    monkeypatch.setattr(flower, "_acquired", lambda *_: (None, ""))
+    monkeypatch.setattr(flower, "_worked_on", lambda *_: contextlib.nullcontext())
+    notes = tmp_path / "flower" / "run-1.txt"
+    with flower.opened_run(endpoint, notes):
+        with (
+            pytest.raises(StoreMismatch, match="same run folder"),
+            flower.opened_run(endpoint, notes),
+        ):
+            pass
+        assert ended == []
+        with flower.opened_run(endpoint, notes.with_name("run-2.txt")):
+            pass
+    notes.write_text("7\n")  # as one that was killed leaves it
+    with flower.opened_run(endpoint, notes):
+        assert ended == [7]
+
+
+@pytest.mark.parametrize("host", ["ü.example.org", "a b", 'x"y', "..", "*", " "])
+def test_a_server_that_no_certificate_can_name_is_refused_before_anything_is_written(
+    host, tmp_path
+):
+    for server, names in ((f"{host}:9900", ()), ("127.0.0.1:9900", (host,))):
+        with pytest.raises(InputError, match="name or address"):
+            init(tmp_path / "kit", 1, server, False, names)
+    assert not (tmp_path / "kit").exists()
+
+
 def test_a_key_that_is_not_admitted_is_retried(tmp_path, monkeypatch):
     init(tmp_path / "kit", 1, "127.0.0.1:9900", insecure=False)
     said, tries = [], []
@@ -204,9 +236,6 @@ def test_a_key_folder_is_true_while_no_key_can_be_read(tmp_path):
     assert KeyFolder(tmp_path / "kit" / "server")
     init(tmp_path / "open", 1, "127.0.0.1:9900", insecure=True)
     assert not KeyFolder(tmp_path / "open" / "server")
-
-
-pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
 
 class Told:

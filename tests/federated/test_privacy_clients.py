@@ -38,7 +38,7 @@ from certifl.federated.privacy import (
     noise_for,
     plan_examples,
 )
-from certifl.federated.privacy.accounting import steps_per_epoch
+from certifl.federated.privacy.accounting import _ORDERS, _divergences, steps_per_epoch
 from certifl.federated.privacy.mechanisms import PrivatePasses
 from certifl.federated.privacy.planning import allowed
 from certifl.runs.checkpoints import Checkpoints
@@ -54,6 +54,7 @@ from private_federation import (
     plain_training,
 )
 from tiny_federation import TinyNet, assert_same, client_data, clients, differ, without_seconds
+from tiny_study import spec
 
 pytest.importorskip("opacus", reason="needs the extra [dp]")
 
@@ -362,6 +363,36 @@ def test_a_client_that_was_left_out_has_spent_all_the_same():
     assert second["clients"][1]["epsilon"] == epsilon(1.0, 0.25, 16, 1e-3)
     spent = [epsilon(1.0, 0.5, 8, 1e-3), epsilon(1.0, 0.25, 16, 1e-3)]
     assert ledger.spent([first, second]) == spent
+
+
+def test_fine_tuning_counts_also_where_a_client_reports_no_steps():
+    ledger = ExampleLedger((0.5, 0.25), (1.0, 1.0), (4, 8), rounds=1, delta=1e-3, finetuning=3)
+    silent = [{"client": 0, "seconds": 0.1}]
+    late = [{"client": 1, "reason": "late"}]
+    entry = ledger([], {"round": 1, "clients": silent, "left_out": late})
+    assert entry["clients"][0]["private_steps"] == 3 * 2
+    assert entry["left_out"][0]["private_steps"] == 0  # what it deploys is not fine-tuned
+    assert ledger.spent([entry]) == [epsilon(1.0, 0.5, 6, 1e-3), 0.0]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("rate", [1.0, 0.5, 1e-3])
+def test_the_accountant_ends_for_any_noise(rate):
+    for none in (5e-324, 1e-170, 1e-155, 0.0009):
+        assert epsilon(none, rate, 1, 1e-5) == math.inf
+    for much in (300.0, 1e5, 1e155, 1e308):  # opacus needs for ever, or overflows
+        assert 0.0 < epsilon(much, rate, 1000, 1e-5) <= epsilon(200.0, rate, 1000, 1e-5)
+    with pytest.raises(SpecError, match="noise_multiplier"):
+        spec("privacy.kind=client", "privacy.noise_multiplier=1e-155")
+
+
+def test_between_whole_orders_the_bound_is_not_below_the_exact_one():
+    analysis = pytest.importorskip("opacus.accountants.analysis.rdp")
+    exact = analysis.compute_rdp(q=0.1, noise_multiplier=300.0, steps=1, orders=_ORDERS)
+    bound = _divergences(300.0, 0.1)
+    assert (bound >= exact * (1 - 1e-9)).all()
+    whole = [order == int(order) for order in _ORDERS]
+    assert bound[whole] == pytest.approx(exact[whole])
 
 
 def test_every_round_costs_all_clients_the_same(tmp_path):

@@ -226,6 +226,13 @@ def test_what_cannot_be_meant_is_refused(own, settings, says):
     assert says in str(refused.value)
 
 
+@pytest.mark.timeout(300)
+def test_a_spec_that_names_very_many_clients_is_read_at_once():
+    count = 200_000  # in steps that grow with the square of them, minutes
+    own = [{"clients": list(range(count)), "perturbation": "none"}]
+    assert len(spec(own, f"clients.count={count + 1}").perturbations()) == count + 1
+
+
 def test_radii_may_be_given_in_each_unit():
     own = [{**OWN[0], "radii": [0.05, 0.1]}, OWN[1]]
     settings = spec(own, "certification.radii=[0.2]").certification.settings

@@ -166,7 +166,7 @@ def log(folder: ClientFolder = Path(".")) -> None:
         if not any((folder / name).is_file() for name in ("client.toml", SENT)):
             raise RequestError(f"{folder} is not a client's folder: it has no client.toml.")
         for line in sent_lines(folder):
-            typer.echo(line)
+            say(line)
 
 
 @deploy.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import re
 import secrets
 import shlex
@@ -69,12 +71,25 @@ class Connection:
             raise InputError(
                 f"--server must be HOST:PORT, such as fl.example.org:9900; got {text!r}."
             )
+        _check_host(host)
         return Connection(host, number, insecure, "::" if ":" in host else "0.0.0.0")
 
     def save(self, folder: Path) -> None:
         """Write it into a bundle."""
         values = {"server": self.address, "insecure": self.insecure, "listen": self.listen}
         write_text(folder / _FILE, tomli_w.dumps(values))
+
+
+def _check_host(host: str) -> None:
+    """Refuse what a certificate cannot name (InputError)."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return
+    if not re.fullmatch(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", host):
+        raise InputError(
+            f"{host!r} is not a name or address of a server: give one such as fl.example.org (an "
+            "international name in its ASCII form, xn--...) or 192.168.77.1."
+        )
 
 
 def load_connection(folder: Path) -> Connection:
@@ -101,6 +116,8 @@ def init(
         names: additional names and addresses of the server.
     """
     connection = Connection.parse(server, insecure)
+    for name in names:
+        _check_host(name)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give a new folder.")
     if folder.is_dir() and any(folder.iterdir()):
@@ -165,6 +182,8 @@ def renew(folder: Path, names: Sequence[str] = ()) -> Path:
         names: additional names and addresses of the server.
     """
     home = folder / "server"
+    for name in names:
+        _check_host(name)
     authority = Authority.load(folder / "authority.key", folder / "ca.crt")
     hosts = list(dict.fromkeys([load_connection(home).host, *names, *_LOCAL]))
     authority.server(hosts, home / "server.key", home / "server.crt")

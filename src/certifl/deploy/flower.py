@@ -64,16 +64,23 @@ _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder of a federation for one process, whose files are private meanwhile."""
-    with private_files(), (folder / ".lock").open("a") as handle:
+def locked(file: Path, taken: str | None) -> Iterator[None]:
+    """Hold a lock file for one process, whose files are private meanwhile.
+
+    `taken` is what the StoreMismatch says where another process holds it; None = wait for that.
+    """
+    with private_files(), file.open("a") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if taken is None else fcntl.LOCK_NB))
         except OSError:
-            raise StoreMismatch(
-                f"Another process is using {folder}. Start a server or client only once."
-            ) from None
+            raise StoreMismatch(taken) from None
         yield
+
+
+def locked_folder(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Lock a folder of a federation for one process, whose files are private meanwhile."""
+    taken = f"Another process is using {folder}. Start a server or client only once."
+    return locked(folder / ".lock", taken)
 
 
 @contextlib.contextmanager
@@ -313,26 +320,41 @@ def opened_run(endpoint: Endpoint, notes: Path) -> Iterator[HttpGrid]:
     """A run of Flower, and the grid to its nodes; the run ends with the block.
 
     `notes` stores the run's number. A run that was killed is ended first: its requests, some of
-    them delivered, would block the nodes until Flower drops it. WorkError where the server does
-    not answer.
+    them delivered, would block the nodes until Flower drops it.
+
+    Raises:
+        StoreMismatch: the same command is running already, and continues.
+        WorkError: the server does not answer.
     """
-    if notes.is_file() and (number := notes.read_text().strip()).isdigit():
-        _end(endpoint, int(number))
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    under_way = (
+        "Another `certifl deploy` command for the same run folder, or another check, is under "
+        "way: wait for it to end, or stop it first."
+    )
+    with locked(notes.with_suffix(".lock"), under_way):
+        if notes.is_file() and (number := notes.read_text().strip()).isdigit():
+            _end(endpoint, int(number))
+        with locked(notes.with_name("starting.lock"), None):  # others would take its task
+            run_id = _start(endpoint)
+            write_text(notes, f"{run_id}\n")
+            task, token = _acquired(endpoint, run_id)
+        try:
+            with _worked_on(endpoint, task, token) as grid:
+                yield grid
+        except BaseException:
+            _end(endpoint, run_id)
+            raise
+        finally:
+            notes.unlink(missing_ok=True)
+
+
+def _start(endpoint: Endpoint) -> int:
     with _control(endpoint) as control:
         fab, _ = build_fab_from_files(app_files())
         started = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab("", fab, {}))))
         if not started.HasField("run_id"):
             raise WorkError("The server did not start a run; its log says why.")
-    run_id = int(started.run_id)
-    write_text(notes, f"{run_id}\n")
-    try:
-        with _worked_on(endpoint, run_id) as grid:
-            yield grid
-    except BaseException:
-        _end(endpoint, run_id)
-        raise
-    finally:
-        notes.unlink(missing_ok=True)
+    return int(started.run_id)
 
 
 def _end(endpoint: Endpoint, run_id: int) -> None:
@@ -342,15 +364,14 @@ def _end(endpoint: Endpoint, run_id: int) -> None:
 
 
 @contextlib.contextmanager
-def _worked_on(endpoint: Endpoint, run_id: int) -> Iterator[HttpGrid]:
-    task, token = _acquired(endpoint, run_id)
+def _worked_on(endpoint: Endpoint, task: Any, token: str) -> Iterator[HttpGrid]:
     grid = HttpGrid(*endpoint.server, token=token)
     grid._retry_invoker = endpoint.retrying()
     own = runtime_client(endpoint, token)
     status = SubStatus.FAILED
     try:
         task_input = own.PullTaskInput(PullTaskInputRequest())
-        TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, run_id
+        TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run_id
         TaskIdentity.node_id = task_input.context.node_id
         grid.set_run(run_from_proto(task_input.run))
         with heartbeats(own):

@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 
 from certifl.deploy.schemas import (
     CertifyRequest,
+    Envelope,
     JoinRequest,
     MalformedMessage,
     RoundRequest,
@@ -44,7 +45,6 @@ _PACKED, _KIND = "tensors-{}", "certifl.safetensors"
 _PIECE = 1 << 22
 _LONGEST = 1 << 21  # characters of a message's fields
 _DEEPEST = 12
-_MOST_PARTS, _LONGEST_NAME = 32, 200
 _GONE, _CRASHED = 5, 8  # Flower's NODE_UNAVAILABLE and CLIENT_APP_CRASHED
 
 
@@ -91,8 +91,8 @@ def _fields_of(records: RecordDict) -> tuple[list[str], dict[str, Any]]:
         text = records.config_records[_FACTS]["json"]
         if not isinstance(text, str) or len(text) > _LONGEST:
             raise MalformedMessage(f"its fields are not a text of at most {_LONGEST} characters")
-        message = pydantic_core.from_json(text)  # bounds depth and the length of numbers
-        version, names, fields = message["format"], message["parts"], message["facts"]
+        stored = pydantic_core.from_json(text)  # bounds depth and the length of numbers
+        version = stored["format"]
     except (KeyError, TypeError, ValueError) as error:
         raise MalformedMessage(f"it has no fields ({type(error).__name__})") from error
     if version != FORMAT:
@@ -100,15 +100,10 @@ def _fields_of(records: RecordDict) -> tuple[list[str], dict[str, Any]]:
             f"it is of format {version!r}, this is format {FORMAT}: install the same version of "
             "certifl on both sides"
         )
-    if not (isinstance(fields, dict) and isinstance(names, list)):
-        raise MalformedMessage("its fields are not a table")
-    if len(names) > _MOST_PARTS or len(set(map(str, names))) < len(names):
-        raise MalformedMessage(f"it names more than {_MOST_PARTS} parts, or one of them twice")
-    if not all(isinstance(name, str) and len(name) <= _LONGEST_NAME for name in names):
-        raise MalformedMessage("it names a part by something other than a short text")
-    if _deeper(fields, _DEEPEST):
+    message = checked(Envelope, stored, "not one of certifl's messages")
+    if _deeper(message.facts, _DEEPEST):
         raise MalformedMessage(f"its fields are nested deeper than {_DEEPEST} levels")
-    return names, fields
+    return message.parts, message.facts
 
 
 def _deeper(value: object, levels: int) -> bool:

@@ -6,6 +6,7 @@ round) are compared with its own records afterwards.
 
 | message | schema |
 |---|---|
+| any | `Envelope` |
 | request to join, to train a round, to certify | `JoinRequest`, `RoundRequest`, `CertifyRequest` |
 | any answer | `Reply` |
 | answer to join | `Joined` |
@@ -67,6 +68,18 @@ _Seconds = Annotated[float, Field(ge=0, le=1e9)]
 _Metric = Annotated[float, Field(ge=-1e30, le=1e30)]
 _Share01 = Annotated[float, Field(ge=0, le=1)]
 _Any = Annotated[float, Field(allow_inf_nan=True)]
+
+
+class Envelope(_Message):
+    """What every message is: its format, the names of its parts, its fields."""
+
+    format: int
+    parts: Annotated[
+        list[Annotated[str, Field(max_length=200)]],
+        Field(max_length=32),
+        AfterValidator(_distinct),
+    ]
+    facts: dict[str, Any]
 
 
 class StudyReference(_Message):

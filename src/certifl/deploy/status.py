@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from certifl.errors import CertiflError, one_line
+from certifl.errors import CertiflError, StoreError, one_line
 from certifl.progress import clock
-from certifl.runs.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED
+from certifl.safe_io import MALFORMED
 from certifl.study.opened_run import OpenRun
 
 _SHOWN = 10
@@ -87,27 +88,34 @@ def _contents(folder: Path) -> str:
 def study_lines(path: Path) -> list[str]:
     """The state of a run folder in sentences: rounds, who answered, loss, time left."""
     run = OpenRun(path)
-    manifest, spec, folder = run.manifest, run.spec, run.folder
-    last = Checkpoints(folder.training).latest()
-    history = [] if last is None else last.history
-    total = spec.training.rounds + run.algorithm.extra_rounds
+    spec, last = run.spec, Checkpoints(run.folder.training).latest()
     lines = [f"Study {spec.name!r} (spec {spec.hash()[:8]}), {spec.clients.count} clients"]
     if last is None:
         return [*lines, "No round has begun: it waits for its clients."]
+    try:
+        return [*lines, *_rounds(run, last)]
+    except MALFORMED as error:
+        why = f"{last.path / 'round.json'} is damaged ({type(error).__name__})."
+        raise StoreError(why) from error
+
+
+def _rounds(run: OpenRun, last: StoredRound) -> list[str]:
+    history, clients = last.history, run.spec.clients.count
+    total = run.spec.training.rounds + run.algorithm.extra_rounds
     age = time.time() - (last.path / "round.json").stat().st_mtime
     since = clock(max(0.0, age))
-    lines.append(f"Rounds: {len(history)} of {total}, the last stored {since} ago")
+    lines = [f"Rounds: {len(history)} of {total}, the last stored {since} ago"]
     lines += [_round(entry) for entry in history[-_SHOWN:]]
-    if manifest.get("status") == FINISHED:
+    if run.manifest.get("status") == FINISHED:
         return [*lines, "Finished."]
     left = total - len(history)
     if left:
         pace = [float(entry.get("seconds", 0.0)) for entry in history[-_PACE:]]
         known = f"about {clock(left * statistics.median(pace))}" if pace else "not known yet"
         return [*lines, f"Time left for the rounds: {known}; certification comes after them."]
-    done = [client for client in range(spec.clients.count) if folder.shared(client).is_file()]
+    done = [client for client in range(clients) if run.folder.shared(client).is_file()]
     who = f" ({_named(done)})" if done else ""
-    finished = f"{len(done)} of {spec.clients.count} clients have finished{who}."
+    finished = f"{len(done)} of {clients} clients have finished{who}."
     return [*lines, f"Certification: {finished}"]
 
 

@@ -26,7 +26,6 @@ from certifl.data import Partition, named_folder, to_float
 from certifl.errors import (
     CertiflError,
     InputError,
-    SpecError,
     StoreError,
     StoreMismatch,
     WorkError,
@@ -168,11 +167,6 @@ def _prepare(run: OpenRun, options: Options) -> str:
         )
     spec, device = run.spec, choose_device(device_names(options.device)[0])
     run.dataset, run.partition = dataset, partition = open_data(spec, options.data_dir)
-    if spec.training.crop >= min(dataset.image_size):
-        raise SpecError(
-            f"training.crop = {spec.training.crop} pads by more than the images have: it must be "
-            f"below {min(dataset.image_size)}, usually an eighth of it."
-        )
     run.architecture = model = initial_model(spec, dataset)
     calibration = None  # a model that could not vote is refused before it is trained
     if spec.certification.precision == "int8":
@@ -180,8 +174,9 @@ def _prepare(run: OpenRun, options: Options) -> str:
         calibration = Calibration.of(images, spec.perturbation(), spec.seed)
     probe = to_float(dataset.test.images[:1])
     prepare(model, probe, device, spec.certification.precision, calibration=calibration)
-    protection(spec, model, _sizes(partition), b"not the key")
-    check_training(spec, model, _sizes(partition), (dataset.in_channels, *dataset.image_size))
+    protection(spec, model, sizes := _sizes(partition), b"not the key")
+    shape = (dataset.in_channels, *dataset.image_size)
+    check_training(spec, model, dict(enumerate(sizes)), shape)
     return str(device)
 
 

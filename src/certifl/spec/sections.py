@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -404,8 +405,8 @@ class Certification(Section):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Certification:
-        named = [client for own in self.own or () for client in own.clients]
-        if twice := sorted({client for client in named if named.count(client) > 1}):
+        named = sorted(client for own in self.own or () for client in own.clients)
+        if twice := [client for client, next_ in pairwise(named) if client == next_]:
             raise ValueError(f"own names client {twice[0]} twice; a client has one perturbation")
         for client in self.differing():
             self.settings(client)
@@ -421,7 +422,11 @@ class Certification(Section):
         return self.perturbation if own is None else own.perturbation
 
     def _own(self, client: int | None) -> OwnPerturbation | None:
-        return next((own for own in self.own or () if client in own.clients), None)
+        return self._by_client().get(client)
+
+    @once
+    def _by_client(self) -> dict[int | None, OwnPerturbation]:
+        return {client: own for own in self.own or () for client in own.clients}
 
     def _amount(self, name: str, client: int | None) -> Any:
         """An amount in the unit of what a client certifies: radii or reach."""
@@ -460,7 +465,7 @@ class Privacy(Section):
             to its own steps) or "client" (one client more or less; the server adds noise to the
             average, and `clients.participation` is the probability of each client to take part in
             a round).
-        noise_multiplier: noise in units of `max_norm`; or
+        noise_multiplier: noise in units of `max_norm`, at least 0.001; or
         target_epsilon: what the schedule's rounds may spend, from which the multiplier is found;
             fine-tuning spends more.
         max_norm: Euclidean length to which every image's gradient, or the change of every client's
@@ -471,7 +476,7 @@ class Privacy(Section):
     """
 
     kind: Literal["none", "example", "client"] = "none"
-    noise_multiplier: Above0 | None = None
+    noise_multiplier: Annotated[float, Field(ge=1e-3)] | None = None
     target_epsilon: Above0 | None = None
     max_norm: Above0 = 1.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5

@@ -146,4 +146,6 @@ def planned_spending(spec: Spec) -> list[float]:
 
 def rounded_up(bound: float) -> str:
     """Two digits after the point, rounded up: a bound remains one."""
+    if math.isinf(bound):
+        return "infinite"
     return f"{math.ceil(100 * bound - 1e-9) / 100:.2f}"

@@ -26,7 +26,7 @@ from certifl.data import (
     random_part,
 )
 from certifl.data.readers import ReadOptions
-from certifl.errors import InputError, ModelError, StoreError
+from certifl.errors import InputError, ModelError, SpecError, StoreError
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.batches import PerClient, combine_augmentations
 from certifl.federated.local_training import LocalTraining, check_batches, check_images
@@ -325,19 +325,26 @@ def local_training(
 
 
 def check_training(
-    spec: Spec, model: nn.Module, sizes: Sequence[int], image_shape: tuple[int, int, int]
+    spec: Spec, model: nn.Module, sizes: Mapping[int, int], image_shape: tuple[int, int, int]
 ) -> None:
-    """Refuse, before anything is written, a network that these clients cannot train.
+    """Refuse, before anything is written, a training that these clients cannot do.
 
     Args:
-        sizes: number of training images of each client. image_shape: (c, h, w).
+        sizes: number of training images by client. image_shape: (c, h, w).
 
     Raises:
+        SpecError: crops beyond the images.
         ModelError: BatchNorm and a client or batches of one image, or a network that has no
             gradients of single images where privacy needs them.
     """
+    smallest = min(image_shape[1:])
+    if spec.training.crop >= smallest:
+        raise SpecError(
+            f"training.crop = {spec.training.crop} pads by more than the images have: it must be "
+            f"below {smallest}, usually an eighth of it."
+        )
     check_batches(model, spec.training.batch_size)
-    check_images(model, dict(enumerate(sizes)))
+    check_images(model, sizes)
     if spec.privacy.kind == "example":
         try_clipping(model, image_shape)
 

@@ -52,10 +52,10 @@ from certifl.deploy.schemas import (
     RoundRequest,
     StudyReference,
 )
-from certifl.errors import CertiflError, InputError, ModelError, StoreError, one_line
+from certifl.errors import CertiflError, InputError, ModelError, SpecError, StoreError, one_line
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.faults import Fault, try_client
-from certifl.federated.local_training import LocalTraining, check_images
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 from certifl.models import fingerprint
@@ -65,6 +65,7 @@ from certifl.study.certify import Job, Paused, VoteSource, certify_job, job_netw
 from certifl.study.opened_run import ClientStudy
 from certifl.study.setup import (
     built,
+    check_training,
     local_training,
     participation,
     protection,
@@ -130,7 +131,7 @@ class Client:
                 answer = self._answer(content)
         except Rejected as refusal:
             answer = self._fault("wrong", f"it refuses: {refusal}", str(refusal))
-        except StoreError as error:
+        except (OSError, StoreError) as error:
             answer = self._fault("raised", "its disk failed", str(error))
         except CertiflError as error:
             kind = type(error).__name__
@@ -199,7 +200,6 @@ class Client:
         data = local_data.dataset
         check_network_size(spec, data.in_channels, data.num_classes)
         model = built(spec, data).eval()
-        check_images(model, {settings.client: len(local_data.train)})
         store.begin()
         answered = AnsweredRounds(store.folder, spec_hash)
         answered.begin()
@@ -212,6 +212,11 @@ class Client:
         # Only its own size matters here: a client's noise depends on its own images.
         sizes = [len(local_data.train)] * spec.clients.count
         private = protection(spec, model, sizes, training_key(spec, store.folder))
+        shape = (data.in_channels, *data.image_size)
+        try:
+            check_training(spec, model, {settings.client: len(local_data.train)}, shape)
+        except SpecError as error:  # it tells the size of the images, which is reported anyway
+            raise Rejected(str(error)) from error
         check_own_limit(settings, spec, len(local_data.train))
         budget = None
         if isinstance(private.ledger, ExampleLedger):  # this client adds the noise

@@ -7,6 +7,7 @@ it, and the average certified radius.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from certifl.certification import Certificates, verify
 from certifl.certification.metadata import AMOUNTS, requested_conditions
 from certifl.certification.settings import PRECISIONS, Settings
 from certifl.deploy.schemas import Curve, MalformedMessage
-from certifl.errors import CertiflError, InputError, one_line
+from certifl.errors import CertiflError, InputError, StoreError, one_line
 from certifl.federated.states import ModelState
 from certifl.perturbations import Perturbation, from_record
 from certifl.safe_io import MALFORMED
@@ -40,6 +41,7 @@ _PUBLIC_METADATA = (
     *("label_aware", "keep", "seed", "precision", "batch_norm_folded", "versions"),
 )
 """Metadata that follow from the study or the software; nothing about data or models."""
+_OF_THE_MACHINE = {"device", "batch_size", "threads", "tf32", "data_fingerprint"}
 
 
 def curve_of(
@@ -110,20 +112,27 @@ class CertificateChecks:
         }
 
     def rows(self, part: ModelState, model: str | None) -> Certificates:
-        """Rows that follow from their votes and the study; else MalformedMessage."""
+        """Rows that follow from their votes and the study; else MalformedMessage.
+
+        Their metadata are the study's, and of the client's what concerns its own machine alone.
+        """
         if model is None:
             raise MalformedMessage("it does not say which model its rows are of")
         rows = _rows_from(part, self.images)
         try:
+            _, conditions = self._conditions(rows.conditions)
             self._check_rows(rows, model)
         except MalformedMessage:
             raise
         except (CertiflError, *MALFORMED) as error:
             raise MalformedMessage(f"its rows are not certificates ({error})") from error
-        return rows
+        for name in _OF_THE_MACHINE & rows.conditions.keys():
+            value = rows.conditions[name]
+            conditions[name] = value if isinstance(value, int) else one_line(value, 128)
+        conditions["model_fingerprint"] = model
+        return dataclasses.replace(rows, conditions=conditions)
 
     def _check_rows(self, rows: Certificates, model: str) -> None:
-        self._conditions(rows.conditions)
         if not len(rows) or set(rows.client.tolist()) != {self.client}:
             raise MalformedMessage("its rows are of another client")
         self.check_count(len(rows))
@@ -205,7 +214,11 @@ def _rows_from(part: ModelState, most: int | None) -> Certificates:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
         try:
-            path.write_bytes(part["parquet"].numpy().tobytes())
+            content = part["parquet"].numpy().tobytes()
+            try:
+                path.write_bytes(content)
+            except OSError as error:  # this machine's fault, not the client's
+                raise StoreError(f"Cannot write {path}: {error}. Free some space.") from error
             file = pq.ParquetFile(path).metadata
             size = sum(file.row_group(i).total_byte_size for i in range(file.num_row_groups))
             if size > _LARGEST_ROWS or (most is not None and file.num_rows > most):
@@ -213,7 +226,7 @@ def _rows_from(part: ModelState, most: int | None) -> Certificates:
                     f"it sent {file.num_rows} rows of {size} bytes, which are impossible"
                 )
             return Certificates.load(path)
-        except MalformedMessage:
+        except (MalformedMessage, StoreError):
             raise
         except (MemoryError, OSError, RuntimeError, *MALFORMED) as error:
             raise MalformedMessage(f"its rows are not certificates ({error})") from error

@@ -36,7 +36,6 @@ from certifl.federated.privacy import (
     Release,
     composed,
     conflict,
-    finetuning_epochs,
     released_epsilon,
     released_steps,
     sends_nothing,
@@ -44,6 +43,7 @@ from certifl.federated.privacy import (
 from certifl.runs.atomic import write_text
 from certifl.safe_io import parse_json, read_text
 from certifl.spec import Spec
+from certifl.study.privacy import rounded_up
 
 _log = logging.getLogger(__name__)
 _ROUNDING = 1 + 1e-9
@@ -239,7 +239,9 @@ def _spent(entries: Sequence[Entry], delta: float) -> str:
     releases = [entry.release for entry in entries]
     total = released_epsilon(releases, delta)
     answers = "1 answer" if len(releases) == 1 else f"{len(releases)} answers"
-    return f"ε = {total:.4g} at δ = {delta:g} ({_steps(releases)} private steps in {answers})"
+    return (
+        f"ε = {rounded_up(total)} at δ = {delta:g} ({_steps(releases)} private steps in {answers})"
+    )
 
 
 def _steps(releases: Iterable[Release]) -> int:
@@ -270,39 +272,33 @@ class StudyPlan:
     """What a study plans to request of this client.
 
     Attributes:
-        multiplier: z. batches: of an epoch; images are drawn with probability 1 / batches.
-        rounds: of the schedule. steps: private ones in each of these rounds.
-        finetuning: private steps after them, for a model that stays with the client.
-        sends: whether the rounds' results are sent.
+        ledger: the study's, with its noise and planned steps. client: its number.
+        sends: whether the rounds' results are sent; a fine-tuned model stays with the client.
         shares: whether anything is sent of the certificates of the deployed model. It depends on
             all training behind that model, so then everything leaves.
     """
 
-    multiplier: float
-    batches: int
-    rounds: int
-    steps: int
-    finetuning: int
+    ledger: ExampleLedger
+    client: int
     sends: bool
     shares: bool
 
-    def of(self, round: int) -> tuple[Pass, bool]:
+    def of(self, number: int) -> tuple[Pass, bool]:
         """What a round costs, and whether anything that depends on it is sent."""
-        late = round >= self.rounds and self.finetuning > 0
-        steps = self.finetuning if late else self.steps
-        return Pass("", self.multiplier, self.batches, steps), self.shares or (
-            self.sends and not late
-        )
+        late = number >= self.ledger.rounds and self.ledger.finetuning > 0
+        steps = self.ledger.steps(self.client, number if late else 0)
+        batches = round(1 / self.ledger.rates[self.client])
+        cost = Pass("", self.ledger.multipliers[self.client], batches, steps)
+        return cost, self.shares or (self.sends and not late)
 
     def limit(self, delta: float) -> Limit:
         """What the whole plan spends."""
-
-        def spent(steps: int) -> float:
-            return composed({(self.multiplier, 1 / self.batches): steps}, delta)
-
-        messages = self.rounds * self.steps
-        total = spent(messages + self.finetuning)
-        return Limit(total if self.shares else spent(messages), total, delta, all_studies=False)
+        ledger, client = self.ledger, self.client
+        kind = ledger.multipliers[client], ledger.rates[client]
+        messages = ledger.rounds * ledger.steps(client, 0)
+        total = composed({kind: messages + ledger.steps(client, ledger.rounds)}, delta)
+        sent = total if self.shares else composed({kind: messages}, delta)
+        return Limit(sent, total, delta, all_studies=False)
 
 
 def open_budget(
@@ -312,17 +308,8 @@ def open_budget(
 
     `images` is the fingerprint of its training images, `folder` the client's, `states` a study's.
     """
-    client, delta = settings.client, spec.privacy.delta
-    batches = round(1 / ledger.rates[client])
-    plan = StudyPlan(
-        multiplier=ledger.multipliers[client],
-        batches=batches,
-        rounds=ledger.rounds,
-        steps=ledger.planned[client],
-        finetuning=finetuning_epochs(spec.algorithm) * batches,
-        sends=not sends_nothing(spec.algorithm),
-        shares=settings.share != "none",
-    )
+    delta, shares = spec.privacy.delta, settings.share != "none"
+    plan = StudyPlan(ledger, settings.client, not sends_nothing(spec.algorithm), shares)
     limit, most = plan.limit(delta), settings.max_epsilon
     if most is not None:
         limit = Limit(most, most, settings.delta or delta, all_studies=True)

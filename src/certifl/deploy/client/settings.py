@@ -1,14 +1,7 @@
 """A client's own decisions: its settings, the images they name, what a server may request.
 
-`client.toml` overrides the server's requests. Each key of a spec, which comes from the server, has
-one of these decisions, which docs/deploy.md shows as a table; a key without one fails a test.
-
-| decision | what a client with its own images does |
-|---|---|
-| refused | refuses the study where the key selects something |
-| unused | ignores it: `client.toml` decides |
-| done | follows it, within the stated limit |
-| server | is not concerned |
+`client.toml` overrides the server's requests. What a client does with each key of a spec, which
+comes from the server, is in a table of docs/deploy.md; a key that it lacks fails a test.
 """
 
 from __future__ import annotations
@@ -270,92 +263,11 @@ def _renamed(dataset: Dataset, classes: list[str]) -> Dataset:
     )
 
 
-# What a server may request, by key of the spec.
+# What a server may request.
 
 _MOST_CLIENTS = 100_000
 _MOST_RADII = 200
 _LARGEST_NETWORK = 4 << 30
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a client does with a key of the spec.
-
-    Attributes:
-        what: refused, unused, done or server. why: in words, with its limit.
-    """
-
-    what: str
-    why: str
-
-
-_TRAINS = Decision("done", "how it trains; it costs only time")
-_SERVER = Decision("server", "the server's part of a round")
-_NOISE = Decision("done", "counted by the client's own ledger; see privacy.md")
-_VOTES = Decision("done", "how it certifies; it costs only time")
-
-DECISIONS: dict[str, Decision] = {
-    "name": Decision("done", "only displayed, without control characters"),
-    "seed": Decision("done", "random draws, and which of its test images it certifies"),
-    "data.name": Decision("unused", 'its own `data`; refused as "name[column]"'),
-    "data.train_images": Decision("unused", "it trains on all its training images"),
-    "data.test_images": Decision("unused", "`certification.images` of all its test images"),
-    "data.test_split": Decision("refused", "its test images are those of its own `data`"),
-    "data.resize": Decision("refused", "unless `resize` of `client.toml` is the same"),
-    "data.crop": Decision("refused", "unless `crop` of `client.toml` is the same"),
-    "data.window": Decision("refused", "unless `window` of `client.toml` is the same"),
-    "data.label_column": Decision("refused", "`label_column` of `client.toml` alone"),
-    "clients.count": Decision("done", f"at most {_MOST_CLIENTS:,}"),
-    "clients.split": Decision("unused", 'its images are its own; refused as "column"'),
-    "clients.options": Decision("unused", "as `clients.split`"),
-    "clients.unseen": Decision("refused", "a client that does not train does not join"),
-    "clients.participation": Decision("done", "it answers only rounds that it is drawn for"),
-    "clients.min_clients": _SERVER,
-    "model.name": Decision("done", "one of certifl's, or one in `networks` of `client.toml`"),
-    "model.options": Decision("done", f"networks of at most {_LARGEST_NETWORK >> 30} GiB"),
-    "model.weights": Decision("refused", "a server must not name files of this machine"),
-    "model.weights_sha256": Decision("refused", "as `model.weights`"),
-    "algorithm": Decision("done", "one of certifl's"),
-    "objective": Decision("done", "one of certifl's"),
-    "training.rounds": Decision("done", "each round is answered once"),
-    "training.local_epochs": _TRAINS,
-    "training.batch_size": _TRAINS,
-    "training.lr": _TRAINS,
-    "training.momentum": _TRAINS,
-    "training.weight_decay": _TRAINS,
-    "training.decay_every": _TRAINS,
-    "training.decay_factor": _TRAINS,
-    "training.momentum_between_rounds": _TRAINS,
-    "training.flip": _TRAINS,
-    "training.crop": _TRAINS,
-    "training.precision": _TRAINS,
-    "training.memory_format": _TRAINS,
-    "aggregation.rule": _SERVER,
-    "aggregation.clip": _SERVER,
-    "aggregation.trim": _SERVER,
-    "aggregation.malicious": _SERVER,
-    "aggregation.keep": _SERVER,
-    "privacy.kind": Decision("done", '"example" alone where the client has a `max_epsilon`'),
-    "privacy.noise_multiplier": _NOISE,
-    "privacy.target_epsilon": _NOISE,
-    "privacy.max_norm": _NOISE,
-    "privacy.delta": _NOISE,
-    "privacy.noise_key": Decision("refused", '"seed": anyone could compute the noise'),
-    "augmentation.federated": _TRAINS,
-    "augmentation.personalized": _TRAINS,
-    "certification.perturbation": Decision("done", "or the client's own, if the study allows it"),
-    "certification.images": Decision("done", "a curve of few images discloses single ones"),
-    "certification.estimator": _VOTES,
-    "certification.n0": _VOTES,
-    "certification.n": _VOTES,
-    "certification.alpha": _VOTES,
-    "certification.radii": Decision("done", f"at most {_MOST_RADII}: more would act as rows"),
-    "certification.label_aware": _VOTES,
-    "certification.reach": _VOTES,
-    "certification.keep": _VOTES,
-    "certification.precision": Decision("done", 'all but "int8": its scales depend on images'),
-    "certification.own": Decision("done", "as `certification.perturbation` and `radii`"),
-}
 
 
 def check_study(spec: Spec, settings: Settings) -> None:

@@ -33,7 +33,7 @@ from typing import Any
 
 from certifl.deploy.messages import Content
 from certifl.deploy.schemas import Rejected
-from certifl.errors import StoreError, one_line
+from certifl.errors import InputError, StoreError, one_line
 from certifl.federated.states import ClientState, Parts
 from certifl.models import fingerprint
 from certifl.runs.atomic import (
@@ -44,7 +44,7 @@ from certifl.runs.atomic import (
     tensor_metadata,
     write_json,
 )
-from certifl.safe_io import MALFORMED
+from certifl.safe_io import MALFORMED, open_regular, parse_json
 
 NEVER = -1
 """The round before a client's first."""
@@ -179,6 +179,7 @@ class AnsweredRounds:
 
 
 SENT = "sent.jsonl"
+_LONGEST_LINE = 1 << 24
 
 
 class SentLog:
@@ -221,17 +222,21 @@ class SentLog:
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **entry})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                os.write(handle, (line + "\n").encode())
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            with open(self.path, "a+b", opener=_private) as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                cut_short = file.read(1) not in (b"", b"\n")  # by a full disk
+                file.write(f"{chr(10) * cut_short}{line}\n".encode())
+                file.flush()  # an error where a part alone is written, unlike os.write
+                os.fsync(file.fileno())
         except OSError as error:
             raise StoreError(
                 f"Cannot write {self.path}: {error}. Nothing is sent that is not logged "
                 "there: free some space."
             ) from error
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _keys(fields: Mapping[str, Any], before: str = "") -> Iterator[str]:
@@ -250,13 +255,13 @@ def sent_lines(folder: Path) -> Iterator[str]:
         yield f"Nothing has left this machine yet: there is no {path}."
         return
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
                 try:
-                    yield from _entry_lines(json.loads(line), before)
+                    yield from _entry_lines(parse_json(line), before)
                 except MALFORMED:
                     yield f"line {number} of {path} is damaged"
-    except OSError as error:
+    except (InputError, OSError) as error:
         raise StoreError(f"Cannot read {path}: {error}.") from error
 
 

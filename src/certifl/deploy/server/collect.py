@@ -53,17 +53,18 @@ def collect_certificates(
     registry: ClientRegistry,
     last: StoredRound,
     options: Options,
+    tests: Mapping[int, int],
 ) -> None:
     """Let every client certify its own test images, and store what it shares.
 
     A client whose answers are impossible is left out, with its reason; so is one that does not
-    match the study.
+    match the study. `tests` has the numbers of test images that clients reported.
 
     Raises:
         WorkError: a client did not finish, or too few are left; what others shared is saved, and
             the same command resumes.
     """
-    left_out = _Collector(folder, spec, registry, last, options).run()
+    left_out = _Collector(folder, spec, registry, last, options, tests).run()
     record(folder, {"left_out": {str(client): why for client, why in left_out.items()}})
     store_shared(folder, spec)
 
@@ -121,6 +122,7 @@ class _Collector:
     registry: ClientRegistry
     last: StoredRound
     options: Options
+    tests: Mapping[int, int]
     _progress_of: dict[int, _ClientProgress] = field(default_factory=dict)
     _failed: dict[int, list[str]] = field(default_factory=dict)
     _wrong: set[int] = field(default_factory=set)
@@ -272,12 +274,11 @@ class _Collector:
 
     def _checks(self, client: int) -> CertificateChecks:
         """What a client's certificates are checked against."""
-        manifest = self.folder.manifest()
-        reported = manifest["deployment"].get("test_images", {}).get(str(client))
+        reported = self.tests.get(client)
         requested = self.spec.certification.images
         images = min((n for n in (reported, requested) if n is not None), default=None)
         own = self.registry.study.get("own_perturbation") is True
-        classes = manifest["data"]["num_classes"]
+        classes = self.folder.manifest()["data"]["num_classes"]
         return CertificateChecks(
             self.spec, client, images, classes, own, exact=reported is not None
         )

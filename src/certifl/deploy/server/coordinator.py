@@ -54,8 +54,6 @@ from certifl.study.setup import (
 )
 
 _log = logging.getLogger(__name__)
-_FINE_TUNING = 1000
-"""Maximum number of private steps in an extra round, in those of a scheduled round."""
 
 
 def coordinate(spec: Spec, transport: GridTransport, options: Options) -> RunFolder:
@@ -77,37 +75,32 @@ def coordinate(spec: Spec, transport: GridTransport, options: Options) -> RunFol
         deployment = folder.manifest().get("deployment", {})
         id = deployment.get("id") or uuid.uuid4().hex
         record(folder, {"id": id})
-        reported = {int(c): size for c, size in deployment.get("train_images", {}).items()}
-        reference = Reference(deployment.get("facts"), spec, reported)
+        train, tests = (
+            {int(client): images for client, images in deployment.get(name, {}).items()}
+            for name in ("train_images", "test_images")
+        )
+        reference = Reference(deployment.get("facts"), spec, train, tests)
         registry = new_registry(spec, transport, options, id, reference)
         assemble(registry, reference, options)
         assert reference.model is not None
         assert reference.properties is not None
-        sizes = _sizes(folder, registry, spec, reference)
+        _record_images(folder, reference)
         _describe(folder, spec, reference, options)
-        last = _train(folder, spec, reference, registry, sizes, options)
-        collect_certificates(folder, spec, registry, last, options)
+        last = _train(folder, spec, reference, registry, options)
+        collect_certificates(folder, spec, registry, last, options, reference.tests)
+        _record_images(folder, reference)
         folder.update({"status": FINISHED, "finished": now()})
     return folder
 
 
-def _sizes(
-    folder: RunFolder, registry: ClientRegistry, spec: Spec, reference: Reference
-) -> list[int]:
-    """Training images of every client as first reported; 1 where it never joined."""
-    sizes, tests = reference.sizes, dict(folder.manifest()["deployment"].get("test_images", {}))
-    for client, entry in registry.connected.items():
-        sizes.setdefault(client, entry.joined.train_images)
-        if entry.joined.test_images is not None:
-            tests.setdefault(str(client), entry.joined.test_images)
-    stored = {str(client): size for client, size in sizes.items()}
-    record(folder, {"train_images": stored, "test_images": tests})
-    return [max(1, sizes.get(client, 1)) for client in range(spec.clients.count)]
+def _record_images(folder: RunFolder, reference: Reference) -> None:
+    """Store how many images clients have, so that they are held to it after a resume."""
+    named = {"train_images": reference.train, "test_images": reference.tests}
+    record(folder, {k: {str(c): n for c, n in images.items()} for k, images in named.items()})
 
 
 def _describe(folder: RunFolder, spec: Spec, reference: Reference, options: Options) -> None:
     manifest, properties = folder.manifest(), reference.properties or {}
-    sizes = manifest["deployment"]["train_images"]
     folder.update(
         {
             **study_metadata(spec),
@@ -120,7 +113,7 @@ def _describe(folder: RunFolder, spec: Spec, reference: Reference, options: Opti
                 "image_size": properties["image_size"],
                 "num_classes": len(properties["class_names"]),
                 "class_names": properties["class_names"],
-                "train_images": sum(sizes.values()),
+                "train_images": sum(reference.train.values()),
                 "test_images": manifest.get("data", {}).get("test_images", 0),
             },
             "machine": machine_metadata("cpu"),
@@ -136,14 +129,20 @@ def _train(
     spec: Spec,
     reference: Reference,
     registry: ClientRegistry,
-    sizes: list[int],
     options: Options,
 ) -> StoredRound:
     started, model, algorithm = time.perf_counter(), reference.model, spec.build_algorithm()
     assert model is not None
+    # 1 where a client never joined
+    sizes = [max(1, reference.train.get(client, 1)) for client in range(spec.clients.count)]
     private: Protection = protection(spec, model, sizes, training_key(spec, folder.path))
     # Nothing is trained here: on "meta" it takes no memory, and describes what is trained.
     training: LocalTraining = local_training(spec, model, "meta", private)
+
+    def begins() -> None:
+        reference.release()
+        _record_images(folder, reference)
+
     last = train(
         algorithm,
         model,
@@ -159,9 +158,11 @@ def _train(
             registry,
             options.timeouts,
             needed=functools.partial(needed_by_clients, algorithm),
-            begins=reference.release,
+            begins=begins,
             sends=lambda round: algorithm.sends(round, spec.training.rounds),
-            steps=functools.partial(_most_steps, private.ledger),
+            steps=private.ledger.steps
+            if isinstance(private.ledger, ExampleLedger)
+            else lambda _client, _round: 0,
             extra={name: model.state_dict()[name].to("meta") for name in training.trainable},
         ),
     )
@@ -172,14 +173,6 @@ def _train(
         properties["privacy"] = spent(spec, private, last.history)
     folder.update(properties)
     return last
-
-
-def _most_steps(ledger: object, client: int, round: int) -> int:
-    """Maximum number of private steps behind a client's answer to a round."""
-    if not isinstance(ledger, ExampleLedger):
-        return 0
-    planned = ledger.planned[client]
-    return planned if round < ledger.rounds else _FINE_TUNING * max(1, planned)
 
 
 def _rounds(spec: Spec, report: StageCallback | None) -> Callable[[Progress], None]:

@@ -70,13 +70,15 @@ class Reference:
 
     Attributes:
         properties: of the images; None until they are determined. spec: of the study.
-        sizes: training images by client, as first reported.
+        train, tests: training images by client, and test images where they are reported, as they
+            were when it first took part.
         model: the initial network. model_fingerprint: of this network.
     """
 
     properties: dict[str, Any] | None
     spec: Spec
-    sizes: dict[int, int] = field(default_factory=dict)
+    train: dict[int, int] = field(default_factory=dict)
+    tests: dict[int, int] = field(default_factory=dict)
     model: nn.Module | None = None
     model_fingerprint: str = ""
 
@@ -105,10 +107,13 @@ class Reference:
             self.model.to("meta")
 
     def problem(self, joined: Joined) -> str | None:
-        """Why a client does not match; None where it does, or nothing is determined yet."""
+        """Why a client does not match; None where it does, or nothing is determined yet.
+
+        What a client that matches says of its images holds for the whole study.
+        """
         if joined.client >= self.spec.clients.count:
             return f"the study has {self.spec.clients.count} clients, counted from 0"
-        before = self.sizes.get(joined.client, joined.train_images)
+        before = self.train.get(joined.client, joined.train_images)
         if before != joined.train_images:
             return (
                 f"it has {joined.train_images} training images, and had {before} when it first "
@@ -125,6 +130,9 @@ class Reference:
                 "its initial network differs from the server's: it must have the same code and "
                 "the same version of torch"
             )
+        self.train.setdefault(joined.client, joined.train_images)
+        if joined.test_images is not None:
+            self.tests.setdefault(joined.client, joined.test_images)
         return None
 
 

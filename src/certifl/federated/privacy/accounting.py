@@ -40,7 +40,9 @@ _ORDERS = (
     *range(8, 65),
     *(80, 96, 128, 192, 256, 512),
 )
-_MOST_NOISE = 1e4
+_LEAST_NOISE, _MOST_NOISE = 1e-3, 1e4
+_MOST_IN_SERIES = 256.0
+"""Beyond this noise the series for orders that are not whole needs minutes, or never ends."""
 _PRECISION = 1e-3
 
 
@@ -64,7 +66,7 @@ def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> f
     """The privacy loss after `steps` steps, as epsilon at this delta: an upper bound.
 
     Args:
-        noise_multiplier: z, noise in units of the clipping norm; 0 gives infinity.
+        noise_multiplier: z, noise in units of the clipping norm; below 0.001 gives infinity.
         rate: q, probability of each record to be in a step.
         steps, delta: T, and the probability of the guarantee to fail.
     """
@@ -76,13 +78,13 @@ def composed(steps: Mapping[tuple[float, float], int], delta: float) -> float:
 
     Args:
         steps: how many, by (noise multiplier z, sampling rate q); every step has its own
-            sample and noise. Without noise, the loss is infinite.
+            sample and noise. With next to no noise, the loss is infinite.
         delta: as in `epsilon`.
     """
     taken = {kind: count for kind, count in steps.items() if count}
     if not taken:
         return 0.0
-    if any(noise_multiplier == 0 for noise_multiplier, _ in taken):
+    if any(noise_multiplier < _LEAST_NOISE for noise_multiplier, _ in taken):
         return math.inf
     analysis = opacus("opacus.accountants.analysis.rdp")
     kinds = [count * _divergences(*kind) for kind, count in taken.items()]
@@ -97,9 +99,18 @@ def composed(steps: Mapping[tuple[float, float], int], delta: float) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _divergences(noise_multiplier: float, rate: float) -> NDArray[np.float64]:
-    """rho_a(q, z) of one step, for all orders."""
-    analysis = opacus("opacus.accountants.analysis.rdp")
-    return analysis.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=_ORDERS)
+    """rho_a(q, z) of one step, for all orders: an upper bound, as more noise costs no more.
+
+    (a - 1) rho_a is the logarithm of a moment, so it is convex in a, and 0 at a = 1: between whole
+    orders it lies below the straight line. There this line is taken where noise is large.
+    """
+    analysis, z = opacus("opacus.accountants.analysis.rdp"), min(noise_multiplier, _MOST_NOISE)
+    if z <= _MOST_IN_SERIES:
+        return analysis.compute_rdp(q=rate, noise_multiplier=z, steps=1, orders=_ORDERS)
+    whole = sorted({math.ceil(order) for order in _ORDERS})
+    exact = analysis.compute_rdp(q=rate, noise_multiplier=z, steps=1, orders=whole)
+    orders, knots = np.array(_ORDERS), np.array([1, *whole])
+    return np.interp(orders, knots, [0.0, *(knots[1:] - 1) * exact]) / (orders - 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -145,7 +156,7 @@ class ExampleLedger:
 
     In a scheduled round every participant counts with the planned steps, also one that was left
     out: it may have sent its update too late, or to a server that dropped it. In later rounds
-    (fine-tuning) the client reports its steps.
+    (fine-tuning) whoever took part counts with them: those left out sent nothing.
 
     Attributes:
         rates: sampling rate of each client's steps.
@@ -153,6 +164,7 @@ class ExampleLedger:
         planned: steps of each client in a round of the schedule.
         rounds: of the schedule.
         delta: at which epsilon is given.
+        finetuning: epochs of a later round.
     """
 
     rates: tuple[float, ...]
@@ -160,20 +172,29 @@ class ExampleLedger:
     planned: tuple[int, ...]
     rounds: int
     delta: float
+    finetuning: int = 0
+
+    def steps(self, client: int, number: int) -> int:
+        """Planned steps of a client in a round."""
+        if number < self.rounds:
+            return self.planned[client]
+        return self.finetuning * round(1 / self.rates[client])
 
     def __call__(self, history: Sequence[Mapping[str, Any]], entry: Entry) -> Entry:
         """The entry with "epsilon" of each participant up to now, and the largest of all."""
         counted, before = dict(entry), self._steps(history)
         for group in ("clients", "left_out"):
             if group in entry:
-                counted[group] = [self._row(row, entry["round"], before) for row in entry[group]]
+                planned = group == "clients" or entry["round"] < self.rounds
+                counted[group] = [
+                    self._row(row, self.steps(row["client"], entry["round"]) * planned, before)
+                    for row in entry[group]
+                ]
         return counted | _finite(max(self.spent([*history, counted]), default=0.0))
 
-    def _row(self, row: Entry, round: int, before: Counter[int]) -> Entry:
+    def _row(self, row: Entry, planned: int, before: Counter[int]) -> Entry:
         """A client's row with the steps that count for it, and its epsilon after them."""
-        client, steps = row["client"], row.get(STEPS, 0)
-        if round < self.rounds:
-            steps = max(steps, self.planned[client])
+        client, steps = row["client"], max(row.get(STEPS, 0), planned)
         spent = _finite(self._epsilon(client, before[client] + steps))
         return _public(row) | {STEPS: steps} | spent
 

@@ -172,7 +172,9 @@ def plan_examples(
     )
     common = budget.noise_multiplier
     level = ExampleLevel(budget.max_norm, multipliers if common is None else common, key)
-    return level, ExampleLedger(rates, multipliers, planned, schedule.rounds, budget.delta)
+    tuning = finetuning_epochs(algorithm)
+    ledger = ExampleLedger(rates, multipliers, planned, schedule.rounds, budget.delta, tuning)
+    return level, ledger
 
 
 def plan_clients(
