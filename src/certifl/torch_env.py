@@ -42,11 +42,14 @@ def exact_convolutions(device: torch.device) -> Iterator[None]:
         cudnn.benchmark, cudnn.deterministic = before
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
     """Within this context, `torch.autocast` of a calling program rounds nothing."""
     if not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 # How many threads torch computes with: one for small networks, unless more are asked for.

@@ -14,7 +14,7 @@ from certifl.report.intervals import (
     Sample,
     hidden_share,
     interval_over_seeds,
-    limiting_images,
+    even_images,
     mean_interval,
 )
 from report_factory import make_certificates, make_run
@@ -109,8 +109,8 @@ def test_no_client_has_a_shown_difference_where_there_is_none(monkeypatch):
 
 def test_the_rule_of_three_bounds_what_was_not_sampled():
     assert (1 - hidden_share(30, 0.05)) ** 30 == pytest.approx(0.025)
-    assert limiting_images((20, 20, 20)) == 60
-    assert limiting_images((2, 40)) == 4
+    assert even_images((20, 20, 20)) == 60
+    assert even_images((2, 40)) == 4
 
 
 def test_many_images_of_one_client_say_nothing_about_another():

@@ -358,8 +358,11 @@ def computes_bfloat16(device: torch.device) -> bool:
 def _batch(batch_size: int | str, device: torch.device, per_image: int) -> int:
     """Noisy images per call; `per_image` bytes has the largest activation of one."""
     if batch_size != "auto":
-        whole = isinstance(batch_size, (int, np.integer)) and not isinstance(batch_size, bool)
-        if not whole or not 1 <= batch_size <= _MOST_IMAGES:
+        if (
+            isinstance(batch_size, (str, bool))
+            or not isinstance(batch_size, (int, np.integer))
+            or not 1 <= batch_size <= _MOST_IMAGES
+        ):
             raise InputError(
                 f"batch_size must be 'auto' or a whole number from 1 to {_MOST_IMAGES:,}; got "
                 f"{batch_size!r:.80}."

@@ -167,9 +167,6 @@ def _settings_problem(metadata: Mapping[str, Any], estimator: Estimator) -> str 
 
 def _described(metadata: Mapping[str, Any]) -> tuple[Perturbation | None, tuple[str, ...]]:
     """The perturbation of the description, and entries that do not agree with it."""
-    described = metadata.get("description")
-    if metadata.get("family") in PERTURBATIONS and described is None:
-        return None, ("it has no description of its perturbation",)
     if metadata.get("family") not in PERTURBATIONS:
         law = LAWS[metadata["law"]]
         wrong = metadata.get("norm", law.norm) != law.norm
@@ -177,6 +174,9 @@ def _described(metadata: Mapping[str, Any]) -> tuple[Perturbation | None, tuple[
             f"its norm {metadata.get('norm')!r} is not that of the law {law.name}, {law.norm}"
         )
         return None, (problem,) if wrong else ()
+    described = metadata.get("description")
+    if described is None:
+        return None, ("it has no description of its perturbation",)
     try:
         perturbation = from_record(described)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -60,7 +60,7 @@ def _unlike(values: Sequence[Floats], scale: float) -> Ints:
     return np.stack([own.sum(axis=0) for own in far])
 
 
-def limiting_images(sizes: Sequence[int]) -> int:
+def even_images(sizes: Sequence[int]) -> int:
     """Number of images that limits what may be hidden from a mean over clients.
 
     Rare images may all be of one client, and are missed most easily where images are few. With
@@ -119,7 +119,7 @@ class Sample:
         """
         sizes = np.array([len(v) for v in self.values])
         shown = (sizes.min() / sizes) ** 2 @ _unlike(self.values, scale) >= FEWEST_UNLIKE
-        own = np.where(shown, np.inf, limiting_images(sizes.tolist()))[None]
+        own = np.where(shown, np.inf, even_images(sizes.tolist()))[None]
         return own if self.earlier is None else np.concatenate([own, self.earlier.floors(scale)])
 
     def client_floors(self, scale: float) -> Floats:
