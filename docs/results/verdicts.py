@@ -19,8 +19,8 @@ from certifl.paper.claims.rules import (
     UNDECIDED,
     VERDICTS,
     all_but_one,
+    any_supported,
     every,
-    some,
 )
 from certifl.report.wording import markdown_table, range_of
 
@@ -271,7 +271,7 @@ def _unfinished(result: ClaimResult, missing: Sequence[str]) -> bool:
     elif claim.combination is all_but_one:
         open_ = result.verdict == NOT_SUPPORTED and len(set(failed)) == len(failed)
     else:
-        open_ = result.verdict == NOT_SUPPORTED and claim.across is some
+        open_ = result.verdict == NOT_SUPPORTED and claim.across is any_supported
     return open_ and any(bears_on(result, figure) for figure in missing)
 
 
@@ -294,7 +294,7 @@ def choices(report: Report, missing: Sequence[str] = ()) -> list[tuple[str, str]
 def _interval(row: Mapping[str, object]) -> str:
     """Effect and interval of a row; why there is none."""
     if row["verdict"] == NOT_TESTED:
-        return ""
+        return "–"
     if not row["interval"]:
         return f"{row['effect']}; no interval: too few images"
     return f"{row['effect']} ({row['interval']})"

@@ -130,7 +130,7 @@ def test_one_vote_is_found_on_the_same_machine(copied):
     counts[row, [top, (top + 1) % 10]] += [-1, 1]
     dataclasses.replace(made, counts=counts).save(copied.certificates)
     (problem,) = recast_run(copied.path, Options(images=6)).problems
-    assert f"image {made.index[row]}: 1 of its 300 votes are others" in problem
+    assert f"image {made.index[row]}: 1 of its 300 votes differ" in problem
 
 
 def test_an_old_record_without_instructions_is_not_taken_for_the_same_machine(copied):

@@ -20,6 +20,7 @@ from certifl.certification.counts import CHUNK, Request, votes_per_image
 from certifl.certification.network import Network, prepare, tf32_state
 from certifl.certification.sampling import VoteCounter, predict_plain
 from certifl.certification.settings import Settings
+from certifl.errors import ModelError
 from certifl.rng import image_key
 from certifl.study.certify import Job, _votes_key
 from known_models import HalfSpace
@@ -263,6 +264,6 @@ def test_other_errors_of_a_network_are_not_retried(model, images):
         with torch.no_grad():
             return model(batch)
 
-    with pytest.raises(RuntimeError, match="multiplied"):
+    with pytest.raises(ModelError, match="RuntimeError: shapes cannot be multiplied"):
         certifl.certify(call, images, NOISE, n=100, batch_size=64)
     assert calls.count(64) == 1

@@ -33,7 +33,7 @@ from certifl.paper.claims.rules import (
     Superiority,
     all_but_one,
     every,
-    some,
+    any_supported,
 )
 from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.report.intervals import Sample
@@ -269,7 +269,7 @@ def test_verdicts_of_several_settings():
     assert all_but_one([yes, no]) == no
     assert all_but_one([yes, open_, no]) == open_
     assert all_but_one([no, yes, no]) == no
-    found = [some(v) for v in ([yes, no], [no, no], [no, open_], [])]
+    found = [any_supported(v) for v in ([yes, no], [no, no], [no, open_], [])]
     assert found == [yes, no, open_, NOT_TESTED]
 
 

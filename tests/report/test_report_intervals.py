@@ -12,9 +12,9 @@ from certifl.report import intervals
 from certifl.report.compare import compare
 from certifl.report.intervals import (
     Sample,
+    even_images,
     hidden_share,
     interval_over_seeds,
-    even_images,
     mean_interval,
 )
 from report_factory import make_certificates, make_run

@@ -230,7 +230,8 @@ def test_what_cannot_be_meant_is_refused(own, settings, says):
 def test_a_spec_that_names_very_many_clients_is_read_at_once():
     count = 200_000  # in steps that grow with the square of them, minutes
     own = [{"clients": list(range(count)), "perturbation": "none"}]
-    assert len(spec(own, f"clients.count={count + 1}").perturbations()) == count + 1
+    images = [f"data.{which}_images={count + 1}" for which in ("train", "test")]
+    assert len(spec(own, f"clients.count={count + 1}", *images).perturbations()) == count + 1
 
 
 def test_radii_may_be_given_in_each_unit():

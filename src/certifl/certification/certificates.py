@@ -149,7 +149,8 @@ class Certificates:
         """Radii as they are stored; one alone stays one."""
         unit = str(self._metadata().get("unit", "a unit that the file does not name"))
         if isinstance(radii, (str, numbers.Real)):
-            return np.asarray(parse_amount(radii, unit, "a radius"), np.float64)
+            amount = radii if isinstance(radii, str) else float(radii)
+            return np.asarray(parse_amount(amount, unit, "a radius"), np.float64)
         if isinstance(radii, np.ndarray) and radii.dtype.kind in "fiu":
             return radii.astype(np.float64)
         return np.asarray(parse_amounts(radii, unit), np.float64)

@@ -363,7 +363,7 @@ def flips_problems(
     else:
         wrong = _unlike(cast, of_one, level / len(part))
     return [
-        f"client {who}, image {part.index[row]}: {flipped[row]} of its {total[row]} votes are "
+        f"client {who}, image {part.index[row]}: {flipped[row]} of its {total[row]} votes "
         "differ when cast again"
         for row in np.flatnonzero(wrong)
     ]
