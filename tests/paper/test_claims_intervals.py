@@ -32,8 +32,8 @@ from certifl.paper.claims.rules import (
     MinimumEffect,
     Superiority,
     all_but_one,
-    every,
     any_supported,
+    every,
 )
 from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.report.intervals import Sample
