@@ -179,8 +179,8 @@ def _seen(found: Sequence[Pair]) -> str:
     ahead = [pair for pair in found if pair.gap.low > 0.0]
     behind = [pair for pair in found if pair.gap.high < 0.0]
     words = [
-        f"Of {len(found)} pairs, FedAvg is ahead in {len(ahead)}, training alone in {len(behind)}, "
-        f"and {len(found) - len(ahead) - len(behind)} show no difference."
+        f"Of {len(found)} pairs, FedAvg is ahead in {len(ahead)}, training alone in "
+        f"{len(behind)}, and {len(found) - len(ahead) - len(behind)} show no difference."
     ]
     for name, some in (("FedAvg", ahead), ("Training alone", behind)):
         if some:
