@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 
-# Processes that tests start find what they import compiled.
+# Tests start hundreds of processes: without cached bytecode each compiles all it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 PEERS := build/peers

@@ -72,7 +72,7 @@ def check_ending(path: Path, what: str, *endings: str) -> None:
     """Refuse a file to write that has none of these endings (InputError); `what` it would be."""
     if path.suffix.lower() not in endings or path.is_dir():
         known = " or ".join(endings)
-        raise InputError(f"{what} is written to a file {known}; got {str(path)!r}.")
+        raise InputError(f"{what} must be a {known} file; got {str(path)!r}.")
 
 
 def check_data_folder(folder: Path | None, variable: str = "CERTIFL_DATA") -> None:

@@ -69,7 +69,7 @@ def test_report_on_several_runs(finished, tmp_path):
 @pytest.mark.parametrize("page", ["page.pdf", "folder.html"])
 def test_a_report_is_a_file_html(finished, tmp_path, page):
     (tmp_path / "folder.html").mkdir()
-    tiny.cli("report", finished, "--out", tmp_path / page).refused("a file .html", page)
+    tiny.cli("report", finished, "--out", tmp_path / page).refused("must be a .html", page)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
 
 

@@ -201,7 +201,7 @@ class VoteCounter:
         return logits.argmax(dim=1)
 
     def _require_numbers(self) -> None:
-        """Refuse votes of logits that are no numbers: `argmax` would take NaN for the largest."""
+        """Refuse votes of logits that are not numbers: `argmax` takes NaN for the largest."""
         if self._not_a_number:
             raise ModelError(f"The model answers with NaN on noisy images. {BEYOND}")
 
