@@ -164,7 +164,12 @@ def test_ahead_on_average_beside_no_difference_for_a_client_is_explained():
     assert any(one.tied for one in answers)
     words = why_clients_stay_undecided(runs, found, answers) or ""
     assert "Fedavg is ahead of Local on average over all clients" in words
+    assert "of 4 clients no difference is shown" in words
     assert "A client has 12 test images, the average over clients is based on 48" in words
+    three = [*runs, runs[0]]
+    found = compare(three)
+    words = why_clients_stay_undecided(three, found, recommendations(three, found)) or ""
+    assert "no difference from at least one of them is shown" in words
 
 
 @given(st.floats(0.0, 10.0))

@@ -177,10 +177,11 @@ def why_clients_stay_undecided(
     if not undecided:
         return None
     images = range_of([one.part.images for one in undecided])
+    whose = "" if len(behind) == 1 else " from at least one of them"
     return (
         f"{runs[result.best].label} is ahead of {listed([runs[i].label for i in behind])} on "
         f"average over all clients, but for {len(undecided)} of {len(answers)} clients no "
-        f"difference is shown. A client has {images} test images, the average over "
+        f"difference{whose} is shown. A client has {images} test images, the average over "
         f"clients is based on {comparison.images:,}, and fewer images show larger differences "
         "only."
     )
