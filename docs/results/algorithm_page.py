@@ -63,7 +63,8 @@ with another seed, on other images of MNIST split in the same way; it says nothi
 data, other schedules or other hyper-parameters. Seeds are the only repetition, hence few degrees
 of freedom and wide intervals; an interval is never narrower than the variation of the images alone
 would make it, nor than unsampled kinds of images could move the mean
-([mathematics](../mathematics.md); by the rules of the version named below). It assumes that the differences of the seeds are about normally
+([mathematics](../mathematics.md); by the rules of the version named below). It assumes that the
+differences of the seeds are about normally
 distributed, which cannot be checked with so few, and is least reliable for an algorithm that fails
 with some seeds.
 
